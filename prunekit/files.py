@@ -1,0 +1,166 @@
+"""Writing that leaves the old state or the new, never a half."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from prunekit.errors import InputError
+
+
+def digest(value: Any) -> str:
+    """Return a short sha256 of a JSON-serialisable value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_writable(path: Path) -> None:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot be written: {folder} is not a folder we may write to")
+
+
+def check_output_file(path: str | Path) -> Path:
+    """Return the path if a file may be written there: to be asked before long work.
+
+    Raises:
+        InputError: it is a folder, or its folder may not be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
+    _check_writable(path)
+    return path
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success flush it and rename it into place."""
+    path = check_output_file(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output_folder(path: str | Path, *, force: bool) -> Path:
+    """Return the path if a folder may be written there: to be asked before long work.
+
+    Raises:
+        InputError: it is a file, a folder that is not empty and ``force`` is not set, or inside a
+            folder that may not be written to.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise InputError(f"{path}: is a file; give a folder to write to")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise InputError(f"{path}: folder exists and is not empty; choose another or pass --force")
+    _check_writable(path)
+    return path
+
+
+@contextmanager
+def replacing_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success flush it and rename it into place."""
+    path = check_output_folder(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for item in temporary.rglob("*"):
+            _flush(item)
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON, or raise InputError with the reason."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from error
+
+
+def write_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], kind: str, header: dict[str, Any]
+) -> None:
+    """Write tensors and a JSON header that says what kind of file it is, as safetensors."""
+    metadata = {"prunekit": json.dumps({"kind": kind, "version": 1, **header})}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing_file(path) as temporary:
+        save_file(contiguous, temporary, metadata=metadata)
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        InputError: the file is missing, cut short, no safetensors, or of another kind or version.
+    """
+    header = read_header(path)
+    if header.get("kind") != kind or header.get("version") != 1:
+        found = f"{header.get('kind', 'no prunekit file')} version {header.get('version', '-')}"
+        raise InputError(f"{path}: is {found}, expected {kind} version 1")
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Read the JSON header of a prunekit safetensors file; {} if it carries none."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("prunekit", "{}"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path}: is no whole safetensors file: {error}") from error
