@@ -1,0 +1,73 @@
+"""Attaches the C++ extension and the Triton kernels to the operations, where they can be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from prunekit.ops.registry import LIBRARY, OPERATIONS
+
+_CPP_OPERATIONS = ("gather_rows", "gather_cols", "gated_act_stats")
+_TRITON_OPERATIONS = ("gated_act_stats",)
+
+
+def _load_extension() -> str | None:
+    """Load the compiled extension; return why it could not be, or None if it was."""
+    spec = importlib.util.find_spec("prunekit")
+    places = [Path(place) for place in spec.submodule_search_locations or ()]
+    found = sorted(path for place in places for path in place.glob("_C*.so"))
+    if not found:
+        return (
+            "the C++ extension is not built; with torch and a C++17 compiler installed, run "
+            "`pip install --no-build-isolation .` in the source tree"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def _attach_extension(why_not: str | None) -> None:
+    for name in _CPP_OPERATIONS:
+        if why_not is None:
+            overload = getattr(torch.ops.prunekit, name).default
+            OPERATIONS[name].backends["cpp"] = overload
+        else:
+            OPERATIONS[name].unavailable["cpp"] = why_not
+
+
+def _triton_problem() -> str | None:
+    """Why Triton kernels cannot run here, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
+
+
+def _attach_triton(why_not: str | None) -> None:
+    if why_not is not None:
+        for name in _TRITON_OPERATIONS:
+            OPERATIONS[name].unavailable["triton"] = why_not
+        return
+    from prunekit_kernels.gated_act_stats import gated_act_stats_triton
+
+    OPERATIONS["gated_act_stats"].backends["triton"] = gated_act_stats_triton
+    LIBRARY.impl("gated_act_stats", gated_act_stats_triton, "CUDA")
+
+
+def serving(name: str) -> str:
+    """The backend that serves an operation on this machine's GPU, or on its CPU without one."""
+    fast = ("cuda", "triton") if torch.cuda.is_available() else ("cpp",)
+    return next((b for b in fast if b in OPERATIONS[name].backends), "reference")
+
+
+EXTENSION_PROBLEM = _load_extension()
+TRITON_PROBLEM = _triton_problem()
+_attach_extension(EXTENSION_PROBLEM)
+_attach_triton(TRITON_PROBLEM)

@@ -1,0 +1,22 @@
+"""Which instruction set the C++ extension's kernels use on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from prunekit.ops.backends import EXTENSION_PROBLEM
+
+_NAMES = ("scalar", "avx2", "avx512")  # in the order of csrc/cpu/isa.h
+
+
+def cpu_isa() -> str | None:
+    """Return avx512, avx2 or scalar, or None where the extension is not built.
+
+    ``PRUNEKIT_CPU_ISA``, read once a process, caps it.
+
+    Raises:
+        ValueError: ``PRUNEKIT_CPU_ISA`` is none of the three.
+    """
+    if EXTENSION_PROBLEM is not None:
+        return None
+    return _NAMES[torch.ops.prunekit.cpu_isa()]
