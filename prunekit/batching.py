@@ -1,0 +1,73 @@
+"""Token batches: sorted by length, padded on the right, under a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunekit.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One encoded prompt; ``scored`` is the first token that belongs to the completion."""
+
+    ids: tuple[int, ...]
+    scored: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of similar length: ids [B, S], int64, padded on the right."""
+
+    ids: torch.Tensor
+    lengths: tuple[int, ...]
+    scored: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(self.lengths)
+
+    def spans(self) -> torch.Tensor:
+        """[B, 2], int64: where each prompt's tokens lie in the flattened batch."""
+        starts = torch.arange(len(self.lengths)) * self.ids.shape[1]
+        return torch.stack([starts, starts + torch.tensor(self.lengths)], dim=1)
+
+
+def encode(corpus: Corpus, tokenizer: Any, max_length: int) -> list[Tokens]:
+    """Tokenise a corpus; prompts longer than ``max_length`` tokens are cut."""
+    fast = getattr(tokenizer, "is_fast", False)
+    encoded = []
+    for example in corpus.examples:
+        options = {"truncation": True, "max_length": max_length}
+        found = tokenizer(example.text, return_offsets_mapping=fast, **options)
+        ids = found["input_ids"]
+        scored = 0
+        if example.completion_start and fast:
+            ends = [end for _, end in found["offset_mapping"]]
+            scored = next((i for i, e in enumerate(ends) if e > example.completion_start), len(ids))
+        elif example.completion_start:
+            scored = len(tokenizer(example.text[: example.completion_start], **options).input_ids)
+        if ids:
+            encoded.append(Tokens(tuple(ids), scored))
+    return encoded
+
+
+def batches(
+    prompts: Sequence[Tokens], batch_tokens: int, *, pad: int | None = 0
+) -> Iterator[Batch]:
+    """Group prompts of similar length, longest first, so that B·S stays within the budget."""
+    order = sorted(prompts, key=lambda p: len(p.ids), reverse=True)
+    start = 0
+    while start < len(order):
+        longest = max(len(order[start].ids), 1)
+        group = order[start : start + max(batch_tokens // longest, 1)]
+        ids = torch.full((len(group), longest), pad or 0, dtype=torch.int64)
+        for row, prompt in zip(ids, group, strict=True):
+            row[: len(prompt.ids)] = torch.tensor(prompt.ids)
+        yield Batch(ids, tuple(len(p.ids) for p in group), tuple(p.scored for p in group))
+        start += len(group)

@@ -1,0 +1,170 @@
+"""Runs a model over a target corpus and its distractors, and fills a `NeuronStats`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit import ops
+from prunekit.arch import MLPView, find_mlps, fingerprint
+from prunekit.batching import Batch, batches, encode
+from prunekit.corpus import Corpus, as_corpus
+from prunekit.errors import InputError
+from prunekit.files import digest
+from prunekit.observe import observed
+from prunekit.progress import progress_bar
+from prunekit.stats import NeuronStats, NeuronSums
+
+logger = logging.getLogger(__name__)
+
+Source = str | Path | Corpus | Sequence[str]
+
+
+class _Recorder:
+    """The tap of a calibration: computes h, and adds its statistics to the current class."""
+
+    def __init__(self, views: list[MLPView]):
+        self.views = views
+        self.sums: list[NeuronSums] = []
+        self.batch_spans = torch.zeros(0, 2, dtype=torch.int64)
+
+    def __call__(
+        self,
+        index: int,
+        gate: torch.Tensor,
+        up: torch.Tensor | None,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        spans = self.batch_spans
+        if rows is not None:  # an expert sees some of the tokens: find each prompt's among them
+            spans = torch.searchsorted(rows.cpu(), spans)
+        h, prompt_abs, token_stats = ops.gated_act_stats(gate, up, spans, self.views[index].act)
+        sums = self.sums[index]
+        sums.add(prompt_abs, token_stats, (spans[:, 1] - spans[:, 0]).tolist())
+        if sums.gram is not None:
+            ops.gram_update(sums.gram, _counted(h, spans))
+        return h
+
+
+def _counted(h: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+    """The rows of h that belong to prompts: h itself where there is no padding."""
+    if int((spans[:, 1] - spans[:, 0]).sum()) == h.shape[0]:
+        return h
+    return torch.cat([h[start:end] for start, end in spans.tolist()])
+
+
+@torch.inference_mode()
+def forward_decoder(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Run the decoder without its lm_head: [B, S, D].
+
+    Padding lies on the right and attention is causal, so no token sees it and no mask is needed.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return decoder(input_ids=batch.ids.to(model.device), use_cache=False)[0]
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    target: Source,
+    distractors: Sequence[Source] = (),
+    *,
+    gram: bool = False,
+    max_length: int = 1024,
+    batch_tokens: int = 2048,
+    quiet: bool = False,
+) -> NeuronStats:
+    """Gather the statistics that every criterion, strategy and sparsity is computed from.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        target: the corpus of the task to keep: a JSONL or CSV file, ``hf:NAME``, texts, a Corpus.
+        distractors: corpora to contrast it with, taken together as one class.
+        gram: also accumulate the target's Gram matrices, 4·F² bytes an MLP; lstsq needs them.
+        max_length: tokens of a prompt that are read.
+        batch_tokens: tokens of a batch, padding included.
+        quiet: no progress bar.
+
+    Returns:
+        NeuronStats on the CPU.
+
+    Raises:
+        InputError: a corpus cannot be read or is empty, the model's MLPs are unknown, or it gives
+            NaN or Inf (the MLP and neuron are named).
+
+    Cost:
+        One forward of the decoder over all tokens, without the lm_head; with gram, T·F² FLOP more.
+
+    Source:
+        The statistics of arXiv 2604.27115 and of the criteria in `prunekit.criteria`.
+    """
+    if max_length < 1 or batch_tokens < 1:
+        raise InputError("calibrate: max_length and batch_tokens must be at least 1")
+    views = find_mlps(model)
+    corpora = {"target": [as_corpus(target, tokenizer)]}
+    if distractors:
+        corpora["distractor"] = [as_corpus(source, tokenizer) for source in distractors]
+    recorder = _Recorder(views)
+    was_training = model.training
+    model.eval()
+    classes: dict[str, list[NeuronSums]] = {}
+    record: list[dict[str, Any]] = []
+    try:
+        for name, members in corpora.items():
+            prompts = []
+            for corpus in members:
+                encoded = encode(corpus, tokenizer, max_length)
+                if not encoded:
+                    raise InputError(f"{corpus.name}: no prompt has a token")
+                prompts += encoded
+                record.append(
+                    {
+                        "class": name,
+                        "name": corpus.name,
+                        "hash": corpus.hash,
+                        "prompts": len(encoded),
+                        "tokens": sum(len(p.ids) for p in encoded),
+                    }
+                )
+            wanted = gram and name == "target"
+            recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
+            _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
+            classes[name] = [sums.finish() for sums in recorder.sums]
+    finally:
+        model.train(was_training)
+    _check_finite(views, classes)
+    provenance = {
+        "model": getattr(model.config, "_name_or_path", ""),
+        "config": digest(model.config.to_dict()),
+        "dtype": str(views[0].gate.dtype).removeprefix("torch."),
+        "max_length": max_length,
+        "corpora": record,
+    }
+    return NeuronStats([v.name for v in views], classes, fingerprint(views), provenance)
+
+
+def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:
+    total = sum(len(p.ids) for p in prompts)
+    with observed(recorder.views, recorder), progress_bar(total, label, "tok", quiet=quiet) as bar:
+        for batch in batches(prompts, batch_tokens):
+            recorder.batch_spans = batch.spans()
+            forward_decoder(model, batch)
+            bar.update(batch.tokens)
+
+
+def _check_finite(views: list[MLPView], classes: dict[str, list[NeuronSums]]) -> None:
+    for name, many in classes.items():
+        for view, sums in zip(views, many, strict=True):
+            bad = ~torch.isfinite(sums.token_square_sum)
+            if bad.any():
+                neuron = int(bad.nonzero()[0])
+                raise InputError(
+                    f"{view.name}: neuron {neuron} gave NaN or Inf on the {name} corpus "
+                    f"({int(bad.sum())} of {view.width} neurons did); check the weights or use bf16"
+                )

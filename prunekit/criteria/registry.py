@@ -1,0 +1,104 @@
+"""The registry of criteria, and `score`, which applies one to a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prunekit.arch import MLPView, find_mlps
+from prunekit.errors import InputError
+from prunekit.stats import NeuronStats, NeuronSums
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at for one MLP.
+
+    Attributes:
+        index: the MLP's position in the model.
+        view: its parameters.
+        target, distractor: its statistics; None where a class was not calibrated.
+        seed: for criteria that draw.
+    """
+
+    index: int
+    view: MLPView
+    target: NeuronSums | None
+    distractor: NeuronSums | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named scorer, and the classes of statistics it cannot do without."""
+
+    name: str
+    score: Callable[[Evidence], torch.Tensor]
+    needs: tuple[str, ...]
+
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str, *, needs: tuple[str, ...] = ("target",)):
+    """Register a function ``Evidence -> [F] scores`` under a name."""
+
+    def register(function: Callable[[Evidence], torch.Tensor]):
+        CRITERIA[name] = Criterion(name, function, needs)
+        return function
+
+    return register
+
+
+def get_criterion(name: str) -> Criterion:
+    """Look a criterion up by name.
+
+    Raises:
+        InputError: there is none of that name; lists those there are.
+    """
+    if name not in CRITERIA:
+        raise InputError(f"criterion: got {name!r}; expected one of {', '.join(sorted(CRITERIA))}")
+    return CRITERIA[name]
+
+
+def score(
+    stats: NeuronStats | None, model: nn.Module, criterion: str = "wanda", *, seed: int = 0
+) -> list[torch.Tensor]:
+    """Score every neuron of a model; higher means keep.
+
+    Args:
+        stats: from `calibrate` on this model; None for a criterion that needs none.
+        model: the dense model.
+        criterion: a name in `CRITERIA`.
+        seed: for criteria that draw.
+
+    Returns:
+        One [F] tensor an MLP, fp32, on the CPU.
+
+    Raises:
+        InputError: unknown criterion, missing class of statistics, statistics of another model, or
+            a score that is not finite.
+    """
+    scorer = get_criterion(criterion)
+    views = find_mlps(model)
+    classes = stats.classes if stats is not None else {}
+    for needed in scorer.needs:
+        if needed not in classes:
+            raise InputError(
+                f"criterion {criterion}: needs {needed} statistics; calibrate with --{needed} FILE"
+            )
+    if stats is not None:
+        stats.check_model(views)
+    scores = []
+    for i, view in enumerate(views):
+        target, distractor = (
+            classes[name][i] if name in classes else None for name in ("target", "distractor")
+        )
+        values = scorer.score(Evidence(i, view, target, distractor, seed)).float().cpu()
+        if not torch.isfinite(values).all():
+            raise InputError(f"criterion {criterion}: {view.name} has scores that are not finite")
+        scores.append(values)
+    return scores

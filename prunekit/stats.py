@@ -1,0 +1,224 @@
+"""What calibration remembers of a model: sums per neuron, per class of corpus, and their counts.
+
+Memory is O(L·F) whatever the number of prompts, O(L·F²) with the Gram matrix. Sums are folded in
+fp64, so splitting or merging corpora changes no statistic beyond fp64 rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunekit import files, ops
+from prunekit.arch import MLPView, fingerprint
+from prunekit.errors import InputError
+from prunekit.ops.gated_act_stats import (
+    TOKEN_ACTIVE,
+    TOKEN_MAX_ABS,
+    TOKEN_SQUARE_SUM,
+    TOKEN_SUM,
+)
+
+_KIND = "neuron-stats"
+_SUMS = (
+    "prompt_sum",
+    "prompt_square_sum",
+    "token_sum",
+    "token_abs_sum",
+    "token_square_sum",
+    "active",
+)
+
+
+@dataclass
+class NeuronSums:
+    """The statistics of one MLP over one class of prompts; every vector is [F].
+
+    Attributes:
+        prompts: how many prompts reached this MLP (for an expert: sent it a token).
+        tokens: how many tokens did.
+        prompt_sum, prompt_square_sum: fp64, over prompts, of a = mean over its tokens of abs h.
+        token_sum, token_abs_sum, token_square_sum: fp64, over tokens, of h, abs h, h².
+        active: fp64, tokens whose gate was open (gate > 0).
+        max_abs: fp32, the largest abs h.
+        gram: fp32 [F, F], HᵀH, or None; symmetric.
+    """
+
+    prompts: int
+    tokens: int
+    prompt_sum: torch.Tensor
+    prompt_square_sum: torch.Tensor
+    token_sum: torch.Tensor
+    token_abs_sum: torch.Tensor
+    token_square_sum: torch.Tensor
+    active: torch.Tensor
+    max_abs: torch.Tensor
+    gram: torch.Tensor | None = None
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | str, *, gram: bool = False) -> NeuronSums:
+        sums = {name: torch.zeros(width, dtype=torch.float64, device=device) for name in _SUMS}
+        largest = torch.zeros(width, device=device)
+        matrix = torch.zeros(width, width, device=device) if gram else None
+        return cls(prompts=0, tokens=0, **sums, max_abs=largest, gram=matrix)
+
+    def add(self, prompt_abs: torch.Tensor, token_stats: torch.Tensor, lengths: list[int]) -> None:
+        """Fold in one batch as `ops.gated_act_stats` returns it; lengths are tokens a prompt."""
+        seen = [p for p, length in enumerate(lengths) if length]
+        if not seen:
+            return
+        wide = prompt_abs.double()
+        counts = torch.tensor(lengths, dtype=torch.float64, device=wide.device).clamp_min(1)
+        means = wide / counts[:, None]
+        self.prompts += len(seen)
+        self.tokens += sum(lengths)
+        self.prompt_sum += means.sum(0)
+        self.prompt_square_sum += means.square().sum(0)
+        self.token_abs_sum += wide.sum(0)
+        self.token_sum += token_stats[TOKEN_SUM]
+        self.token_square_sum += token_stats[TOKEN_SQUARE_SUM]
+        self.active += token_stats[TOKEN_ACTIVE]
+        torch.maximum(self.max_abs, token_stats[TOKEN_MAX_ABS], out=self.max_abs)
+
+    def merge(self, other: NeuronSums) -> NeuronSums:
+        """The statistics of both sets of prompts together."""
+        gram = None
+        if self.gram is not None and other.gram is not None:
+            gram = self.gram + other.gram
+        return NeuronSums(
+            prompts=self.prompts + other.prompts,
+            tokens=self.tokens + other.tokens,
+            **{name: getattr(self, name) + getattr(other, name) for name in _SUMS},
+            max_abs=torch.maximum(self.max_abs, other.max_abs),
+            gram=gram,
+        )
+
+    def finish(self) -> NeuronSums:
+        """Move to the CPU and mirror the Gram matrix, in place: the end of a calibration."""
+        for name in (*_SUMS, "max_abs"):
+            setattr(self, name, getattr(self, name).cpu())
+        if self.gram is not None:
+            self.gram = ops.symmetrize_(self.gram.cpu())
+        return self
+
+    @property
+    def prompt_mean(self) -> torch.Tensor:
+        """Mean over prompts of a, fp64 [F]; 0 where no prompt came."""
+        return self.prompt_sum / max(self.prompts, 1)
+
+    @property
+    def token_mean(self) -> torch.Tensor:
+        """Mean over tokens of h, fp64 [F]."""
+        return self.token_sum / max(self.tokens, 1)
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root mean square over tokens of h, fp64 [F]."""
+        return (self.token_square_sum / max(self.tokens, 1)).sqrt()
+
+    @property
+    def mean_abs(self) -> torch.Tensor:
+        """Mean over tokens of abs h, fp64 [F]."""
+        return self.token_abs_sum / max(self.tokens, 1)
+
+
+@dataclass
+class NeuronStats:
+    """The statistics of a whole model: one `NeuronSums` an MLP, for each class of corpus.
+
+    Attributes:
+        names: the MLPs' names, in the model's order.
+        classes: "target", and "distractor" where there is one.
+        fingerprint: of the model's MLPs (`arch.fingerprint`).
+        provenance: model, corpora (file, hash, prompts, tokens), dtype, token limit.
+    """
+
+    names: list[str]
+    classes: dict[str, list[NeuronSums]]
+    fingerprint: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> list[NeuronSums]:
+        """The target's sums, one an MLP."""
+        if "target" not in self.classes:
+            raise InputError(f"statistics: have {', '.join(self.classes)}, but no target")
+        return self.classes["target"]
+
+    @property
+    def hash(self) -> str:
+        """A hash of what was measured: provenance, counts, and the token sums."""
+        sums = [
+            (name, s.prompts, s.tokens, s.token_abs_sum.sum().item())
+            for name, many in self.classes.items()
+            for s in many
+        ]
+        return files.digest([self.fingerprint, self.provenance, sums])
+
+    def check_model(self, views: list[MLPView], what: str = "model") -> None:
+        """Raise InputError unless the statistics were taken on a model with these MLPs."""
+        if fingerprint(views) != self.fingerprint:
+            mine = [many.token_sum.numel() for many in self.target]
+            raise InputError(
+                f"statistics: taken on another model ({len(mine)} MLPs of {mine[0]} neurons) than "
+                f"this {what} ({len(views)} of {views[0].width}); calibrate this model"
+            )
+
+    def merge(self, other: NeuronStats) -> NeuronStats:
+        """The statistics of both calibrations of one model together."""
+        if other.fingerprint != self.fingerprint:
+            raise InputError("statistics: cannot merge those of two different models")
+        classes = dict(self.classes)
+        for name, many in other.classes.items():
+            mine = classes.get(name)
+            classes[name] = (
+                many if mine is None else [a.merge(b) for a, b in zip(mine, many, strict=True)]
+            )
+        both = {"merged": [self.provenance, other.provenance]}
+        return NeuronStats(self.names, classes, self.fingerprint, both)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with a JSON header."""
+        tensors: dict[str, torch.Tensor] = {}
+        counts: dict[str, list[tuple[int, int]]] = {}
+        for name, many in self.classes.items():
+            counts[name] = [(s.prompts, s.tokens) for s in many]
+            for i, s in enumerate(many):
+                for key in (*_SUMS, "max_abs", "gram"):
+                    value = getattr(s, key)
+                    if value is not None:
+                        tensors[f"{name}.{i}.{key}"] = value
+        header = {
+            "names": self.names,
+            "counts": counts,
+            "fingerprint": self.fingerprint,
+            "provenance": self.provenance,
+        }
+        files.write_tensors(path, tensors, _KIND, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> NeuronStats:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, cut short, or of another kind.
+        """
+        tensors, header = files.read_tensors(path, _KIND)
+        classes: dict[str, list[NeuronSums]] = {}
+        try:
+            for name, counts in header["counts"].items():
+                classes[name] = [
+                    NeuronSums(
+                        prompts=prompts,
+                        tokens=tokens,
+                        **{key: tensors[f"{name}.{i}.{key}"] for key in (*_SUMS, "max_abs")},
+                        gram=tensors.get(f"{name}.{i}.gram"),
+                    )
+                    for i, (prompts, tokens) in enumerate(counts)
+                ]
+            return cls(header["names"], classes, header["fingerprint"], header["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: its header and tensors do not fit together") from error
