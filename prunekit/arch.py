@@ -151,6 +151,8 @@ def _width_key(name: str, width: int, model: nn.Module, candidates: tuple[str, .
         value = getattr(config, key)
         if width == (4 * config.hidden_size if value is None else value):  # None: four times D
             return key
+        if hasattr(model, "prunekit"):  # pruned to widths that differ by layer: no key says them
+            return key
     raise InputError(
         f"{name}: its {width} neurons match none of the configuration's "
         f"{', '.join(candidates)}; register_arch can teach prunekit this model"

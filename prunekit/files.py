@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from prunekit.errors import InputError
 
+MODEL_MARKER = "config.json"  # what makes a folder one that --force may replace
+
 
 def digest(value: Any) -> str:
     """Return a short sha256 of a JSON-serialisable value, independent of key order."""
@@ -77,14 +79,16 @@ def check_output_folder(path: str | Path, *, force: bool) -> Path:
     """Return the path if a folder may be written there: to be asked before long work.
 
     Raises:
-        InputError: it is a file, a folder that is not empty and ``force`` is not set, or inside a
-            folder that may not be written to.
+        InputError: it is a file, a folder that is not empty and ``force`` is not set (or it is no
+            model's folder, which ``force`` does not replace), or may not be written to.
     """
     path = Path(path)
     if path.is_file():
         raise InputError(f"{path}: is a file; give a folder to write to")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise InputError(f"{path}: folder exists and is not empty; choose another or pass --force")
+    if path.is_dir() and any(path.iterdir()) and not (path / MODEL_MARKER).is_file():
+        raise InputError(f"{path}: --force replaces model folders alone, and this is none")
     _check_writable(path)
     return path
 

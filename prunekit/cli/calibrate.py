@@ -1,0 +1,69 @@
+"""`prunekit calibrate`: statistics of a model over corpora, saved for every later plan."""
+
+from __future__ import annotations
+
+from prunekit.calibrate import calibrate
+from prunekit.cli.output import Output, count, megabytes
+from prunekit.cli.sources import corpora, joined
+from prunekit.config import CalibrateConfig
+from prunekit.errors import InputError
+from prunekit.files import check_output_file
+from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.stats import NeuronStats
+
+CONFIG = CalibrateConfig
+EXAMPLES = """  prunekit calibrate demo --target task.jsonl --gram -o task.stats
+  prunekit calibrate Qwen/Qwen2.5-Math-1.5B-Instruct --target gsm8k.jsonl \\
+      --distractor squad.jsonl --distractor chat.jsonl -o math.stats
+  prunekit prune demo --stats task.stats --sparsity 0.2 -o small"""
+
+
+def run(config: CalibrateConfig, output: Output) -> int:
+    """Calibrate, save, and say what was seen."""
+    if not config.target or not config.output:
+        raise InputError("needs --target FILE and -o STATS; see `prunekit calibrate --help`")
+    check_output_file(config.output)
+    tokenizer = load_tokenizer(config.model)
+    target = joined(corpora(config.target, tokenizer, config.limit))
+    distractors = corpora(config.distractor, tokenizer, config.limit)
+    model = load(config.model, dtype=config.dtype)
+    stats = calibrate(
+        model,
+        tokenizer,
+        target,
+        distractors,
+        gram=config.gram,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        quiet=config.quiet,
+    )
+    stats.save(config.output)
+    describe_stats(stats, output)
+    output.line(f"saved {config.output}")
+    output.json({"output": config.output, **summary(stats)})
+    return 0
+
+
+def summary(stats: NeuronStats) -> dict:
+    """What the statistics hold, as plain values."""
+    return {
+        "mlps": len(stats.names),
+        "neurons": sum(sums.token_sum.numel() for sums in stats.target),
+        "gram": stats.target[0].gram is not None,
+        "hash": stats.hash,
+        **stats.provenance,
+    }
+
+
+def describe_stats(stats: NeuronStats, output: Output) -> None:
+    """Print what the statistics hold."""
+    facts = summary(stats)
+    rows = [
+        (c["class"], c["name"], count(c["prompts"]), count(c["tokens"]), c["hash"])
+        for c in facts.get("corpora", [])
+    ]
+    title = f"{facts['mlps']} MLPs, {count(facts['neurons'])} neurons of {facts.get('model', '?')}"
+    output.table(title, ("class", "corpus", "prompts", "tokens", "sha256"), rows)
+    grams = [s.gram for s in stats.target if s.gram is not None]
+    if grams:
+        output.line(f"Gram matrices: {megabytes(sum(g.numel() * 4 for g in grams))}")

@@ -1,0 +1,205 @@
+"""A plan becomes smaller weights, on a live model, through the gather operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit import ops
+from prunekit.arch import MLPView, Slot, blocks, find_mlps, text_config
+from prunekit.compensate import Repair, check_method, repair
+from prunekit.errors import InputError
+from prunekit.nn import CompactMLP
+from prunekit.plan import PrunePlan
+from prunekit.stats import NeuronStats
+
+_WIDTH_ATTRIBUTES = ("intermediate_size", "intermediate_dim", "ffn_dim")
+
+
+def prune(
+    model: nn.Module,
+    plan: PrunePlan,
+    *,
+    stats: NeuronStats | None = None,
+    compensate: str | None = None,
+) -> nn.Module:
+    """Remove the neurons that a plan does not keep, in place, and repair the down projections.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: from `plan`.
+        stats: what `calibrate` found; needed by bias and lstsq.
+        compensate: none, bias or lstsq; None takes lstsq where stats have a Gram matrix, else none.
+
+    Returns:
+        The same model, smaller; ``model.prunekit`` records what was done.
+
+    Raises:
+        InputError: the plan or the statistics belong to another model, or the repair lacks what it
+            needs; the model is then unchanged.
+
+    Cost:
+        2·F'·D·b bytes each for gate and up, D·(F + F')·b for down, and the repair's own.
+    """
+    views = find_mlps(model, verify=False)
+    plan.check_model(views)
+    if compensate is None:
+        compensate = "lstsq" if stats and stats.target[0].gram is not None else "none"
+    check_method(compensate)
+    if compensate != "none":
+        if stats is None:
+            raise InputError(f"compensate {compensate}: needs statistics; pass stats or a target")
+        stats.check_model(views)
+        if compensate == "bias":
+            _check_bias_slot(model, views)
+    fixes = [
+        repair(view, sums, kept, compensate) if compensate != "none" else None
+        for view, kept, sums in zip(
+            views, plan.kept, stats.target if stats else [None] * len(views), strict=True
+        )
+    ]
+    with torch.no_grad():
+        for indices in blocks(views):
+            _compact_block(
+                [views[i] for i in indices],
+                [plan.kept[i] for i in indices],
+                [fixes[i] for i in indices],
+            )
+    _update_config(model, views, plan, opens_bias=compensate == "bias")
+    model.prunekit = _record(plan, stats, compensate)
+    return model
+
+
+def _record(plan: PrunePlan, stats: NeuronStats | None, compensate: str) -> dict[str, Any]:
+    return {
+        "plan": plan,
+        "compensate": compensate,
+        "stats": None if stats is None else stats.hash,
+        "calibration": None if stats is None else stats.provenance,
+    }
+
+
+def _check_bias_slot(model: nn.Module, views: list[MLPView]) -> None:
+    if all(view.down_bias is not None for view in views):
+        return
+    if hasattr(text_config(model), "mlp_bias") and all(v.kind == "gated" for v in views):
+        return
+    raise InputError(
+        f"compensate bias: {type(model).__name__} has no bias on its down projection, and its "
+        "configuration cannot give it one; use lstsq"
+    )
+
+
+def _compact_block(
+    views: list[MLPView], kept: list[torch.Tensor], fixes: list[Repair | None]
+) -> None:
+    """Shrink every parameter that a block's views share; each parameter is rebuilt once."""
+    parts: dict[tuple[int, str], list[tuple[Slot, torch.Tensor]]] = {}
+    for view, indices in zip(views, kept, strict=True):
+        for slot in view.slots.values():
+            device_index = indices.to(slot.parameter.device)
+            parts.setdefault((id(slot.owner), slot.name), []).append((slot, device_index))
+    if len({k.numel() for k in kept}) > 1:
+        raise InputError(f"{views[0].name}: the experts of a layer must keep equally many neurons")
+    for members in parts.values():
+        _shrink(members)
+    for view, fix in zip(views, fixes, strict=True):
+        if fix is not None:
+            view.down.copy_(fix.down)
+            _set_bias(view, fix.bias)
+    width = kept[0].numel()
+    for owner in {id(v.module): v.module for v in views}.values():
+        for attribute in _WIDTH_ATTRIBUTES:
+            if attribute in vars(owner):
+                setattr(owner, attribute, width)
+
+
+def _shrink(members: list[tuple[Slot, torch.Tensor]]) -> None:
+    slot = members[0][0]
+    old = slot.parameter
+    if old.dim() == 3:
+        matrices = []
+        for e in range(old.shape[0]):
+            runs = [(s, k) for s, k in members if s.expert == e]
+            matrices.append(_gather(old[e], runs))
+        new = torch.stack(matrices)
+    else:
+        new = _gather(old, members)
+    setattr(slot.owner, slot.name, nn.Parameter(new, requires_grad=old.requires_grad))
+    _update_linear(slot.owner, slot.name)
+
+
+def _gather(matrix: torch.Tensor, members: list[tuple[Slot, torch.Tensor]]) -> torch.Tensor:
+    """Keep the named neurons of each run (gate, then up, in a fused matrix)."""
+    index = torch.cat([kept.long() + slot.start for slot, kept in members])
+    if matrix.dim() == 1:
+        return ops.gather_rows(matrix[:, None], index)[:, 0]
+    gather = ops.gather_rows if members[0][0].axis == 0 else ops.gather_cols
+    return gather(matrix.detach(), index)
+
+
+def _update_linear(owner: nn.Module, name: str) -> None:
+    if name != "weight":
+        return
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif hasattr(owner, "nf"):  # transformers' Conv1D
+        owner.nx, owner.nf = owner.weight.shape
+
+
+def _set_bias(view: MLPView, bias: torch.Tensor | None) -> None:
+    if bias is None:
+        return
+    owner = view.down_owner
+    if owner.bias is None:
+        for slot in {id(s.owner): s for s in view.slots.values()}.values():
+            weight = slot.owner.weight
+            slot.owner.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
+    owner.bias.copy_(bias)
+
+
+def _update_config(
+    model: nn.Module, views: list[MLPView], plan: PrunePlan, *, opens_bias: bool
+) -> None:
+    widths: dict[str, set[int]] = {}
+    for view, width in zip(views, plan.widths(), strict=True):
+        widths.setdefault(view.width_key, set()).add(width)
+    config = text_config(model)
+    for key, found in widths.items():
+        if len(found) == 1:
+            setattr(config, key, found.pop())
+    if opens_bias and hasattr(config, "mlp_bias"):
+        config.mlp_bias = True
+
+
+def compact_modules(model: nn.Module, plan: PrunePlan | None = None) -> nn.Module:
+    """Replace every MLP of a model by a `CompactMLP` over the same weights, in place.
+
+    Args:
+        model: any model whose MLPs are modules of their own with Linear projections.
+        plan: prune by it first, without repair.
+
+    Raises:
+        InputError: an MLP cannot be replaced (experts, transposed Conv1D weights, or a layer that
+            holds its projections itself); the model is then unchanged.
+    """
+    views = find_mlps(model)
+    for view in views:
+        holds_attention = any("attn" in name for name, _ in view.module.named_children())
+        if view.kind not in ("gated", "fused", "plain") or holds_attention:
+            raise InputError(
+                f"compact_modules: {view.name} ({view.kind}, {type(view.module).__name__}) is no "
+                "module of its own with Linear projections; it runs as it is"
+            )
+    if plan is not None:
+        prune(model, plan, compensate="none")
+    replacements = {id(view.module): CompactMLP(view) for view in views}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in replacements:
+                compact = replacements[id(child)]
+                compact.train(child.training)
+                setattr(parent, name, compact)
+    return model

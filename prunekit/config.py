@@ -1,0 +1,124 @@
+"""Every option of prunekit, defined once: the command line and its help are made from these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, *, short: str = "", metavar: str = "", choices=()) -> Any:
+    """A field that becomes a flag ``--name``; a tuple default may be given many times."""
+    metadata = {"help": help, "short": short, "metavar": metavar, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def argument(help: str, *, metavar: str) -> Any:
+    """A field that becomes a positional argument."""
+    return field(metadata={"help": help, "metavar": metavar, "positional": True})
+
+
+_MODEL = "a folder, a hub id, a .gguf file, or `demo` (SmolLM2-135M-Instruct)"
+_CORPUS = (
+    "JSONL with `text`, `prompt` + `completion` or `messages`; CSV with those columns; "
+    "hf:NAME[:split]"
+)
+_DTYPE = "bf16, fp16, fp32, or auto: as saved"
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Run a model over a corpus and save the statistics every criterion is computed from."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    target: tuple[str, ...] = option((), f"corpus of the task to keep: {_CORPUS}", metavar="FILE")
+    distractor: tuple[str, ...] = option((), "corpus to contrast it with", metavar="FILE")
+    output: str = option("", "file to write the statistics to", short="-o", metavar="STATS")
+    gram: bool = option(False, "also gather Gram matrices, which --compensate lstsq needs")
+    max_length: int = option(1024, "tokens of a prompt that are read")
+    batch_tokens: int = option(2048, "tokens of a batch, padding included")
+    limit: int = option(0, "read at most so many rows of each corpus; 0: all")
+    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Remove the neurons a task does not need, repair the rest, and save a smaller model."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
+    sparsity: float = option(0.0, "fraction of the MLP neurons to remove, between 0 and 1")
+    target: tuple[str, ...] = option((), f"corpus of the task to keep: {_CORPUS}", metavar="FILE")
+    distractor: tuple[str, ...] = option((), "corpus to contrast it with", metavar="FILE")
+    stats: str = option("", "statistics from `prunekit calibrate`, instead of --target")
+    plan: str = option("", "a plan.safetensors to follow, instead of choosing neurons")
+    strategy: str = option(
+        "selective",
+        "selective removes the lowest scores, reverse the highest, random draws",
+        choices=("selective", "reverse", "random"),
+    )
+    criterion: str = option("wanda", "what scores a neuron; `prunekit env` lists them")
+    allocation: str = option("uniform", "how many neurons each layer keeps", choices=("uniform",))
+    compensate: str = option(
+        "",
+        "repair of the down projection: none, bias, lstsq; by default lstsq where there are "
+        "statistics for it, else none",
+        metavar="{none,bias,lstsq}",
+    )
+    multiple_of: int = option(64, "round kept widths to a multiple of this")
+    seed: int = option(0, "for --strategy random and --criterion random")
+    max_length: int = option(1024, "tokens of a prompt that are read")
+    batch_tokens: int = option(2048, "tokens of a batch, padding included")
+    limit: int = option(0, "read at most so many rows of each corpus; 0: all")
+    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    dry_run: bool = option(False, "say what would be kept, and write nothing")
+    force: bool = option(False, "replace OUT if it exists")
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a model's mean loss on held-out corpora, and let it speak."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    data: tuple[str, ...] = option((), f"held-out corpus: {_CORPUS}", metavar="FILE")
+    limit: int = option(0, "read at most so many rows of each corpus; 0: all")
+    samples: int = option(0, "print so many greedy generations")
+    max_length: int = option(1024, "tokens of a prompt that are read")
+    batch_tokens: int = option(1024, "tokens of a batch, padding included")
+    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure prefill and decode throughput and memory, interleaved with the dense model."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    baseline: str = option("", "the dense model to compare with", metavar="DENSE")
+    prompt: int = option(512, "tokens of the prefill (pp)")
+    generate: int = option(128, "tokens of the decode (tg)")
+    batch: str = option("1", "batch sizes, separated by commas")
+    rounds: int = option(5, "how often each test is timed")
+    compact: bool = option(False, "run the MLPs through prunekit's CompactMLP")
+    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Say what is in a file or folder: statistics, a plan, or a model."""
+
+    path: str = argument("statistics, a plan, or a model folder", metavar="PATH")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Say which versions and backends are here, and what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Tell the whole story on the embedded model: calibrate, prune, repair, measure, report."""
+
+    out: str = option("demo-out", "folder for the pruned model and report.html", metavar="DIR")
+    quiet: bool = option(False, "no progress")

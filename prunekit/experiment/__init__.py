@@ -1,0 +1,1 @@
+"""Experiments: many ways to prune one model, from one calibration."""

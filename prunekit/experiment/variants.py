@@ -1,0 +1,75 @@
+"""Many pruned variants of one model, from one calibration, each measured on held-out text."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from prunekit.compact import prune
+from prunekit.corpus import Corpus
+from prunekit.criteria import score
+from prunekit.evaluate import Loss, evaluate_loss
+from prunekit.plan import plan
+from prunekit.stats import NeuronStats
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune: a name for people, and the options of `plan` and `prune`."""
+
+    name: str
+    sparsity: float
+    criterion: str = "wanda"
+    strategy: str = "selective"
+    compensate: str = "lstsq"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a variant: the smaller model, and its held-out loss.
+
+    Attributes:
+        sparsity: the fraction of neurons really removed.
+        seconds: from scores to the pruned model, copying the dense one not counted.
+    """
+
+    variant: Variant
+    model: nn.Module
+    loss: Loss
+    sparsity: float
+    seconds: float
+
+
+def run_variants(
+    model: nn.Module,
+    tokenizer: Any,
+    stats: NeuronStats,
+    held_out: Corpus,
+    variants: Sequence[Variant],
+    *,
+    multiple_of: int = 64,
+    quiet: bool = False,
+) -> Iterator[Outcome]:
+    """Prune a copy of the model by each variant and measure it; the dense model stays as it is."""
+    for variant in variants:
+        smaller = copy.deepcopy(model)
+        begun = time.perf_counter()
+        scores = score(stats, smaller, variant.criterion, seed=variant.seed)
+        chosen = plan(
+            scores,
+            variant.sparsity,
+            strategy=variant.strategy,
+            multiple_of=multiple_of,
+            seed=variant.seed,
+            recipe={"criterion": variant.criterion, "stats": stats.hash},
+        )
+        prune(smaller, chosen, stats=stats, compensate=variant.compensate)
+        seconds = time.perf_counter() - begun
+        loss = evaluate_loss(smaller, tokenizer, held_out, quiet=quiet)
+        yield Outcome(variant, smaller, loss, chosen.sparsity, seconds)

@@ -1,0 +1,1 @@
+"""Where prunekit meets other libraries."""

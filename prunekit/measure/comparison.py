@@ -1,0 +1,105 @@
+"""Dense against pruned: prefill and decode throughput, interleaved in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from prunekit.errors import InputError
+from prunekit.measure.memory import model_bytes, parameter_count
+from prunekit.measure.provenance import provenance
+from prunekit.measure.throughput import decode_case, prefill_case
+from prunekit.measure.timing import interleave, summarise
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """One model, one test: tokens a second, and how that compares with the baseline.
+
+    Attributes:
+        model: the name it was given.
+        test: pp512 (prefill of 512 tokens) or tg128 (decode of 128), as llama-bench names them.
+        batch: sequences at once.
+        tokens_per_s: median over the rounds; low and high are its quartiles.
+        speedup: median over the rounds of the baseline's time by this one's, round by round.
+    """
+
+    model: str
+    test: str
+    batch: int
+    tokens_per_s: float
+    low: float
+    high: float
+    speedup: float
+
+
+def bench_models(
+    models: Mapping[str, nn.Module],
+    *,
+    prompt: int = 512,
+    generate: int = 128,
+    batch: Sequence[int] = (1,),
+    rounds: int = 5,
+) -> list[Throughput]:
+    """Time any number of models against the first, in rounds that visit each test of each model.
+
+    Args:
+        models: by name; the first is the baseline.
+        prompt: tokens of the prefill, and of the context that decoding starts from.
+        generate: tokens decoded.
+        batch: batch sizes.
+        rounds: how often each is timed, after one warm-up.
+
+    Raises:
+        InputError: no model, or a size below 1.
+
+    Cost:
+        rounds + 1 prefills and decodes a model and batch size.
+    """
+    if not models:
+        raise InputError("bench: no model")
+    if min(prompt, generate, rounds, *batch) < 1:
+        raise InputError("bench: prompt, generate, batch and rounds must be at least 1")
+    cases: dict[tuple[str, str, int], tuple[Callable[[], None], int]] = {}
+    for size in batch:
+        for name, model in models.items():
+            cases[name, f"pp{prompt}", size] = prefill_case(model, size, prompt), size * prompt
+        for name, model in models.items():
+            case = decode_case(model, size, prompt, generate)
+            cases[name, f"tg{generate}", size] = case, size * generate
+    seconds = interleave({key: run for key, (run, _) in cases.items()}, rounds, warmup=1)
+    baseline = next(iter(models))
+    rows = []
+    for (name, test, size), (_, tokens) in cases.items():
+        mine, dense = seconds[name, test, size], seconds[baseline, test, size]
+        rate = summarise([tokens / s for s in mine])
+        ratio = median(d / s for d, s in zip(dense, mine, strict=True))
+        rows.append(Throughput(name, test, size, rate.median, rate.low, rate.high, ratio))
+    return rows
+
+
+def bench(
+    model: nn.Module,
+    *,
+    baseline: nn.Module | None = None,
+    prompt: int = 512,
+    generate: int = 128,
+    batch: Sequence[int] = (1,),
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Measure one model, beside the dense one where it is given.
+
+    Returns:
+        {"rows": throughput rows, "models": parameters and bytes by name, "provenance": ...}.
+    """
+    models = {"model": model} if baseline is None else {"dense": baseline, "pruned": model}
+    rows = bench_models(models, prompt=prompt, generate=generate, batch=batch, rounds=rounds)
+    sizes = {
+        name: {"parameters": parameter_count(m), "bytes": model_bytes(m)}
+        for name, m in models.items()
+    }
+    return {"rows": [asdict(row) for row in rows], "models": sizes, "provenance": provenance()}

@@ -1,0 +1,54 @@
+"""One prefill and one decode, as functions to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def _synchronise(model: nn.Module) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _tokens(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    return ids.to(model.device)
+
+
+def prefill_case(model: nn.Module, batch: int, prompt: int) -> Callable[[], None]:
+    """A function that reads ``batch`` prompts of ``prompt`` tokens and predicts one token each."""
+    ids = _tokens(model, batch, prompt)
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        _synchronise(model)
+
+    return run
+
+
+def decode_case(model: nn.Module, batch: int, prompt: int, generate: int) -> Callable[[], None]:
+    """A function that decodes ``generate`` tokens greedily after a prompt that is already read.
+
+    No token ends it early, so every run does the same work.
+    """
+    with torch.inference_mode():
+        out = model(input_ids=_tokens(model, batch, prompt), use_cache=True, logits_to_keep=1)
+    cache = out.past_key_values
+    first = out.logits[:, -1:].argmax(-1)
+
+    @torch.inference_mode()
+    def run() -> None:
+        token = first
+        for _ in range(generate):
+            step = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = step.logits[:, -1:].argmax(-1)
+        _synchronise(model)
+        cache.crop(-generate)  # negative: so many tokens fewer
+
+    return run

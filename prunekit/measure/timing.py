@@ -1,0 +1,49 @@
+"""Timing functions against each other, in rounds, so that a noisy machine is fair to all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and quartiles of repeated measurements, in the unit they came in."""
+
+    median: float
+    low: float
+    high: float
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Median, first and third quartile; of a single value, that value thrice."""
+    if len(values) == 1:
+        return Summary(values[0], values[0], values[0])
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Summary(middle, low, high)
+
+
+def interleave(
+    cases: Mapping[Hashable, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[Hashable, list[float]]:
+    """Time every case once a round, in turn.
+
+    Args:
+        cases: functions without arguments, by name; each waits for its own device.
+        rounds: how many timings of each.
+        warmup: rounds before them that are not counted.
+
+    Returns:
+        Seconds a call, in the order of the rounds, for each case.
+    """
+    seconds: dict[Hashable, list[float]] = {name: [] for name in cases}
+    for round_ in range(warmup + rounds):
+        for name, case in cases.items():
+            begun = time.perf_counter()
+            case()
+            taken = time.perf_counter() - begun
+            if round_ >= warmup:
+                seconds[name].append(taken)
+    return seconds

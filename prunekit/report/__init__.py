@@ -1,0 +1,6 @@
+"""Reports: one self-contained HTML page with tables and plots."""
+
+from prunekit.report.page import Table, write_report
+from prunekit.report.plots import loss_by_sparsity, loss_by_speed
+
+__all__ = ["Table", "loss_by_sparsity", "loss_by_speed", "write_report"]

@@ -1,0 +1,57 @@
+"""The report page: everything inside one HTML file, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from prunekit import files
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("prunekit.report", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report: its columns, its rows as text, and what to know when reading it."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    lead: str,
+    table: Table,
+    plots: dict[str, str],
+    facts: dict[str, Any],
+) -> Path:
+    """Write one self-contained HTML page.
+
+    Args:
+        path: the file to write.
+        title, lead: heading, and the sentences under it.
+        table: the results.
+        plots: SVG text by caption.
+        facts: provenance, name to value, printed at the foot.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    template = _TEMPLATES.get_template("page.html.j2")
+    text = template.render(title=title, lead=lead, table=table, plots=plots, facts=facts)
+    with files.replacing_file(path) as temporary:
+        temporary.write_text(text)
+    return Path(path)

@@ -1,0 +1,1 @@
+"""Tasks: where prompts, completions and answers come from."""

@@ -1,0 +1,51 @@
+"""A backend that is forced serves, or the call fails: never a silent other one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from prunekit import ops
+from prunekit.ops.registry import OPERATIONS
+
+
+def test_forcing_a_backend_that_an_operation_lacks_says_so():
+    x, index = torch.ones(2, 2), torch.tensor([0])
+    with ops.force_backend("cuda"):
+        assert ops.forced_backend() == "cuda"
+        with pytest.raises(ops.BackendError, match="gather_rows: backend cuda cannot serve it"):
+            ops.gather_rows(x, index)
+    assert ops.forced_backend() is None
+    assert ops.gather_rows(x, index).shape == (1, 2)
+
+
+def test_an_unknown_backend_lists_the_valid_ones():
+    with (
+        pytest.raises(ops.BackendError, match="expected one of reference, cpp, triton, cuda"),
+        ops.force_backend("fast"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("value", "served"), [("reference", True), ("cuda", False)])
+def test_the_environment_forces_too(value, served):
+    code = (
+        "import torch\n"
+        "from prunekit import ops\n"
+        "ops.gather_rows(torch.ones(2, 2), torch.tensor([1]))"
+    )
+    environment = os.environ | {"PRUNEKIT_BACKEND": value}
+    run = {"env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **run)
+    assert (done.returncode == 0) is served
+    assert served or "backend cuda cannot serve it" in done.stderr
+
+
+def test_every_operation_has_a_reference_and_a_schema():
+    for name, operation in OPERATIONS.items():
+        assert operation.backends["reference"] is operation.reference
+        assert str(getattr(torch.ops.prunekit, name).default._schema).startswith(
+            f"prunekit::{name}("
+        )

@@ -1,0 +1,214 @@
+"""The command line end to end: what it prints, what it writes, and one clear line for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from prunekit.cli import VERBS, main
+from tests.models import logits, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a real tokenizer of words, saved as any model is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    words = {f"w{i}": i for i in range(3, 100)} | {"<unk>": 0, "<s>": 1, "</s>": 2}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "task.jsonl"
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i + 2} w{i + 5}"} for i in range(3, 90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output, standard error."""
+    try:
+        status = main([str(a) for a in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refused(capsys, *arguments):
+    """The one line that a refusal prints."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def test_the_whole_way_by_stats(capsys, tmp_path, folder, corpus):
+    stats, out = tmp_path / "task.stats", tmp_path / "out"
+    arguments = ("--target", corpus, "--distractor", corpus, "--gram", "--quiet", "-o", stats)
+    status, text, _ = run(capsys, "calibrate", folder, *arguments)
+    assert status == 0
+    assert "target" in text
+    assert str(stats) in text
+    options = ("--stats", stats, "--sparsity", 0.3, "--multiple-of", 16, "--json")
+    status, text, _ = run(capsys, "prune", folder, *options, "-o", out)
+    facts = json.loads(text)
+    assert status == 0
+    assert facts["widths"] == [64, 64]
+    assert facts["compensate"] == "lstsq"
+    assert facts["parameters"] < facts["parameters_dense"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.intermediate_size == 64
+    status, text, _ = run(
+        capsys, "eval", out, "--data", corpus, "--quiet", "--json", "--samples", 1
+    )
+    result = json.loads(text)
+    assert result["loss"][0]["tokens"] == 2 * 87
+    assert len(result["samples"]) == 1
+    for path, kind in (
+        (stats, "neuron-stats"),
+        (out, "model"),
+        (out / "plan.safetensors", "prune-plan"),
+    ):
+        status, text, _ = run(capsys, "inspect", path, "--json")
+        assert json.loads(text)["kind"] == kind
+        assert run(capsys, "inspect", path)[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "task.stats"]
+
+
+def test_prune_from_the_target_alone_repairs_by_default(capsys, tmp_path, folder, corpus):
+    options = ("--sparsity", 0.3, "--multiple-of", 16, "-o", tmp_path / "out", "--quiet")
+    status, text, _ = run(capsys, "prune", folder, "--target", corpus, *options)
+    assert status == 0
+    assert "64 of 96 neurons a layer (33.33% removed, 30.00% asked for); repair: lstsq" in text
+
+
+def test_random_needs_no_data_and_a_plan_can_be_followed(capsys, tmp_path, folder):
+    options = ("--strategy", "random", "--seed", 33, "--sparsity", 0.5, "--multiple-of", 16)
+    assert run(capsys, "prune", folder, *options, "-o", tmp_path / "a")[0] == 0
+    plan = tmp_path / "a" / "plan.safetensors"
+    assert run(capsys, "prune", folder, "--plan", plan, "-o", tmp_path / "b")[0] == 0
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n).eval() for n in "ab")
+    assert torch.equal(logits(one), logits(two))
+
+
+def test_dry_run_writes_nothing(capsys, tmp_path, folder, corpus):
+    options = ("--sparsity", 0.5, "--multiple-of", 16, "--dry-run", "--quiet")
+    status, text, _ = run(capsys, "prune", folder, "--target", corpus, *options)
+    assert status == 0
+    assert "would keep 48 of 96" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_prints_a_row_a_model_and_test(capsys, tmp_path, folder):
+    options = ("--strategy", "random", "--sparsity", 0.5, "--multiple-of", 16)
+    run(capsys, "prune", folder, *options, "-o", tmp_path / "small")
+    sizes = ("--prompt", 8, "--generate", 2, "--rounds", 1, "--batch", "1,2", "--compact")
+    status, text, _ = run(
+        capsys, "bench", tmp_path / "small", "--baseline", folder, *sizes, "--json"
+    )
+    result = json.loads(text)
+    assert status == 0
+    assert len(result["rows"]) == 2 * 2 * 2
+    assert result["models"][str(folder)]["peak_bytes"] > 0
+
+
+def test_env_names_what_serves_each_operation(capsys):
+    status, text, _ = run(capsys, "env", "--json")
+    facts = json.loads(text)
+    assert status == 0
+    assert set(facts["serving"].values()) <= {"reference", "cpp", "triton", "cuda"}
+    assert "wanda" in facts["criteria"]
+    assert run(capsys, "env")[1].count("gather_rows") == 1
+
+
+def test_help_teaches_by_example(capsys):
+    status, text, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(verb in text for verb in VERBS)
+    for verb in VERBS:
+        status, text, _ = run(capsys, verb, "--help")
+        assert status == 0
+        assert f"examples:\n  prunekit {verb}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prune MODEL --target none.jsonl --sparsity 0.2 -o OUT", "none.jsonl: no such file"),
+        ("prune MODEL --target BROKEN --sparsity 0.2 -o OUT", "broken.jsonl:2: is not JSON"),
+        ("prune MODEL --target STRANGE --sparsity 0.2 -o OUT", "no usable column; have question"),
+        ("prune MODEL --target EMPTY --sparsity 0.2 -o OUT", "the corpus is empty"),
+        ("prune MODEL --target CORPUS --sparsity 1.0 -o OUT", "expected a fraction with 0 <"),
+        ("prune MODEL --target CORPUS --sparsity 0 -o OUT", "expected a fraction with 0 <"),
+        ("prune MODEL --target CORPUS --sparsity x -o OUT", "invalid float value: 'x'"),
+        ("prune MODEL --target CORPUS --sparsity 0.2 --criterion best -o OUT", "one of mean_abs"),
+        ("prune MODEL --target CORPUS --sparsity 0.2 --criterion selectivity -o OUT", "distractor"),
+        ("prune MODEL --target CORPUS --sparsity 0.2 --compensate magic -o OUT", "none, bias, lst"),
+        ("prune MODEL --target CORPUS --sparsity 0.2 --multiple-of 0 -o OUT", "at least 1"),
+        ("prune MODEL --target CORPUS --sparsity 0.2 -o MODEL", "exists and is not empty"),
+        ("prune MODEL --target CORPUS --sparsity 0.2", "needs -o OUT"),
+        ("prune MODEL --sparsity 0.2 -o OUT", "needs --target FILE or --stats STATS"),
+        ("prune MODEL --plan CORPUS -o OUT", "is no whole safetensors file"),
+        ("prune MODEL --plan PLAN -o OUT", "made for another model"),
+        ("prune nowhere/at-all --target CORPUS --sparsity 0.2 -o OUT", "nowhere/at-all"),
+        ("prune STRANGERS --target CORPUS --sparsity 0.2 -o OUT", "has no config.json"),
+        ("calibrate MODEL --target CORPUS", "needs --target FILE and -o STATS"),
+        ("calibrate MODEL --target CORPUS -o STRANGERS", "is a folder; give the name of a file"),
+        ("eval MODEL", "needs --data FILE"),
+        ("eval MODEL --data none.jsonl", "no such file"),
+        ("bench MODEL --batch one", "expected numbers such as 1,8"),
+        ("inspect none", "no such file or folder"),
+        ("inspect CORPUS", "is no whole safetensors file"),
+        ("inspect STRANGERS", "was not written by prunekit"),
+        ("frobnicate", "invalid choice: 'frobnicate'"),
+        ("eval MODEL --frobnicate", "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_2(capsys, tmp_path, folder, corpus, arguments, message):
+    from prunekit.plan import plan
+
+    files = {"broken": '{"text": "w3"}\n{"tex', "strange": '{"question": "w3"}\n', "empty": ""}
+    places = {"MODEL": folder, "CORPUS": corpus, "OUT": tmp_path / "out"}
+    for name, content in files.items():
+        places[name.upper()] = tmp_path / f"{name}.jsonl"
+        places[name.upper()].write_text(content)
+    places["STRANGERS"] = tmp_path / "strangers"
+    (tmp_path / "strangers" / "x").mkdir(parents=True)
+    places["PLAN"] = tmp_path / "plan"
+    plan([torch.rand(128)] * 2, 0.5).save(places["PLAN"])
+    line = refused(capsys, *(places.get(word, word) for word in arguments.split()))
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unsupported_architecture_names_the_modules_seen(capsys, tmp_path, corpus, folder):
+    import shutil
+
+    model = tiny_model("llama", hidden_act="sigmoid")
+    model.save_pretrained(tmp_path / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / "m" / name)
+    options = ("--target", corpus, "--sparsity", 0.2, "--quiet", "-o", tmp_path / "out")
+    assert "is none of silu, gelu" in refused(capsys, "prune", tmp_path / "m", *options)
+
+
+def test_no_verb_prints_help_and_python_m_works():
+    done = subprocess.run([sys.executable, "-m", "prunekit"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "prunekit prune MODEL --target task.jsonl" in done.stdout
+    command = [sys.executable, "-m", "prunekit", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("prunekit ")

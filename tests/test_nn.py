@@ -1,0 +1,70 @@
+"""CompactMLP is the MLP it replaces: same values, same names, same gradients, no graph break."""
+
+import copy
+
+import pytest
+import torch
+
+import prunekit as pk
+from prunekit.errors import InputError
+from tests.models import logits, random_ids, tiny_model
+
+REPLACEABLE = ("llama", "llama_bias", "qwen3", "gemma2", "phi3", "phi", "gpt_neox")
+
+
+@pytest.mark.parametrize("name", REPLACEABLE)
+def test_a_compact_model_computes_the_same_under_the_same_names(name):
+    model = tiny_model(name)
+    names, before = set(model.state_dict()), logits(model)
+    pk.compact_modules(model)
+    assert set(model.state_dict()) == names
+    assert sum(isinstance(m, pk.CompactMLP) for m in model.modules()) == 2
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_prunes_on_the_way(llama):
+    plan = pk.plan([torch.rand(96), torch.rand(96)], 0.5, multiple_of=16)
+    expected = logits(pk.prune(copy.deepcopy(llama), plan))
+    pk.compact_modules(llama, plan=plan)
+    assert [m.intermediate_size for m in llama.modules() if isinstance(m, pk.CompactMLP)] == [
+        48
+    ] * 2
+    torch.testing.assert_close(logits(llama), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compact_model_can_be_pruned_calibrated_and_saved_again(
+    llama, tokenizer, texts, tmp_path
+):
+    pk.compact_modules(llama)
+    stats = pk.calibrate(llama, tokenizer, texts, gram=True, quiet=True)
+    pk.prune(llama, pk.plan(pk.score(stats, llama), 0.5, multiple_of=16), stats=stats)
+    pk.save(llama, None, tmp_path / "out")
+    again = pk.load(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(llama), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "phi3", "phi"])
+def test_gradients_flow_to_every_projection(name):
+    model, compact = tiny_model(name), pk.compact_modules(tiny_model(name))
+    for m in (model, compact):
+        m(input_ids=random_ids(m), labels=random_ids(m)).loss.backward()
+    expected = dict(model.named_parameters())
+    for key, parameter in compact.named_parameters():
+        if "mlp" in key:
+            torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "mixtral"])
+def test_what_cannot_be_replaced_is_named(name):
+    model = tiny_model(name)
+    before = logits(model)
+    with pytest.raises(InputError, match=r"compact_modules: .* it runs as it is"):
+        pk.compact_modules(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_torch_compile_sees_one_graph(llama):
+    mlp = pk.compact_modules(llama).model.layers[0].mlp
+    x = torch.randn(3, 32)
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), mlp(x))

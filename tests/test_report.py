@@ -1,0 +1,41 @@
+"""The report is one file that needs nothing else, and draws every point it was given."""
+
+import re
+
+from prunekit.report import Table, loss_by_sparsity, loss_by_speed, write_report
+from prunekit.report.plots import Point
+
+LINES = {
+    "ours": [Point(0.5, 1.4, 60.0), Point(0.2, 1.1, 45.0)],
+    "random": [Point(0.2, 9.0, 45.0)],
+}
+DENSE = Point(0.0, 1.0, 40.0)
+
+
+def test_plots_name_their_lines_axes_and_units():
+    by_sparsity, by_speed = loss_by_sparsity(LINES, DENSE), loss_by_speed(LINES, DENSE)
+    for svg in (by_sparsity, by_speed):
+        assert svg.startswith("<svg")
+        for text in ("ours", "random", "dense", "held-out loss (nats/token)"):
+            assert f">{text}<" in svg
+    assert ">MLP neurons removed<" in by_sparsity
+    assert ">decode speed, batch 1 (tokens/s, measured)<" in by_speed
+    assert len(re.findall(r">(20|50)%<", by_speed)) == 3
+
+
+def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path):
+    path = write_report(
+        tmp_path / "r.html",
+        title="A <b>title</b>",
+        lead="lead",
+        table=Table(("model", "loss"), [("x < y", "1.0")], "note"),
+        plots={"Loss": loss_by_sparsity(LINES, DENSE)},
+        facts={"device": "a & b"},
+    )
+    page = path.read_text()
+    assert "A &lt;b&gt;title&lt;/b&gt;" in page
+    assert "x &lt; y" in page
+    assert "a &amp; b" in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']https?:", page)
+    assert "<script" not in page
+    assert "@import" not in page
