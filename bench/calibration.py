@@ -1,9 +1,9 @@
 """What calibration costs beside a plain forward, on the embedded model.
 
-Four ways over the same prompts, interleaved: the plain decoder, calibration with every statistic but
-the Gram matrix, with it too, and the paper's way (arXiv 2604.27115): hooks that recompute the gate
-and up products, copy each layer's means to the host, and keep every prompt, with all prompts padded
-to the longest of the set.
+Four ways over the same prompts, interleaved: the plain decoder, calibration with every statistic
+but the Gram matrix, with it too, and the paper's way (arXiv 2604.27115): hooks that recompute the
+gate and up products, copy each layer's means to the host, and keep every prompt, with all prompts
+padded to the longest of the set.
 """
 
 from __future__ import annotations

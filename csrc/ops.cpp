@@ -1,0 +1,26 @@
+// Registers the CPU implementations; the schemas are defined in prunekit/ops.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+
+namespace prunekit {
+namespace {
+
+int64_t cpu_isa_level() { return static_cast<int64_t>(cpu_isa()); }
+
+}  // namespace
+}  // namespace prunekit
+
+STABLE_TORCH_LIBRARY_FRAGMENT(prunekit, m) { m.def("cpu_isa() -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(prunekit, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&prunekit::cpu_isa_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prunekit, CPU, m) {
+  m.impl("gather_rows", TORCH_BOX(&prunekit::gather_rows));
+  m.impl("gather_cols", TORCH_BOX(&prunekit::gather_cols));
+  m.impl("gated_act_stats", TORCH_BOX(&prunekit::gated_act_stats));
+}
