@@ -9,12 +9,18 @@ from prunekit import ops
 from prunekit.arch import MLPView
 
 
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling a module does nothing but multiply by its weight and add its bias."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is nn.Linear and not hooked and "forward" not in vars(module)
+
+
 class CompactMLP(nn.Module):
     """An MLP of a transformer, computed by `ops.gated_mlp`, around the model's own projections.
 
     The projections stay the modules they were, under the names they had, so state dicts, PEFT's
-    target names and hooks on the module go on working; hooks on the projections themselves do not
-    fire, since their weights are read and not called.
+    target names and hooks go on working: where a projection is more than a bare Linear (an adapter
+    around it, a hook on it, weights offloaded), the projections are called one by one instead.
 
     Args:
         view: an MLP found by `arch.find_mlps`, of kind gated, fused or plain.
@@ -38,6 +44,9 @@ class CompactMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the MLP: [..., D] -> [..., D]."""
         gate, down = getattr(self, self._gate), getattr(self, self._down)
+        up = getattr(self, self._up) if self._up else None
+        if not all(map(_is_bare, (gate, down) if up is None else (gate, up, down))):
+            return self._call_projections(x)
         if self._kind == "plain":
             up_weight = up_bias = None
             gate_weight, gate_bias = gate.weight, gate.bias
@@ -45,7 +54,6 @@ class CompactMLP(nn.Module):
             gate_weight, up_weight = gate.weight.chunk(2)
             gate_bias, up_bias = (None, None) if gate.bias is None else gate.bias.chunk(2)
         else:
-            up = getattr(self, self._up)
             gate_weight, gate_bias, up_weight, up_bias = gate.weight, gate.bias, up.weight, up.bias
         return ops.gated_mlp(
             x,
@@ -57,6 +65,16 @@ class CompactMLP(nn.Module):
             down_bias=down.bias,
             act=self._act,
         )
+
+    def _call_projections(self, x: torch.Tensor) -> torch.Tensor:
+        gate = getattr(self, self._gate)(x)
+        up = None
+        if self._kind == "fused":
+            gate, up = gate.chunk(2, dim=-1)
+        elif self._up is not None:
+            up = getattr(self, self._up)(x)
+        h = ops.ACTIVATIONS[self._act](gate)
+        return getattr(self, self._down)(h if up is None else h * up)
 
     def extra_repr(self) -> str:
         return f"kind={self._kind}, act={self._act}, intermediate_size={self.intermediate_size}"

@@ -68,3 +68,28 @@ def test_torch_compile_sees_one_graph(llama):
     x = torch.randn(3, 32)
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), mlp(x))
+
+
+class _Adapter(torch.nn.Module):
+    """What LoRA does to a projection: the same names inside, and something added to its output."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + 0.5 * x.mean()
+
+
+@pytest.mark.parametrize(("name", "projection"), [("llama", "up_proj"), ("phi3", "gate_up_proj")])
+def test_adapters_and_hooks_on_projections_are_not_passed_over(name, projection):
+    model, compact = tiny_model(name), pk.compact_modules(tiny_model(name))
+    for m in (model, compact):
+        mlp = m.model.layers[0].mlp
+        setattr(mlp, projection, _Adapter(getattr(mlp, projection)))
+    assert not torch.equal(logits(model), logits(tiny_model(name)))
+    torch.testing.assert_close(logits(compact), logits(model), rtol=1e-5, atol=1e-5)
+    seen = []
+    compact.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: seen.append(1))
+    logits(compact)
+    assert seen == [1]

@@ -10,6 +10,7 @@
 
 #include "../ops.h"
 #include "isa.h"
+#include "pages.h"
 
 #if PRUNEKIT_X86_KERNELS
 #include <immintrin.h>
@@ -111,6 +112,7 @@ Tensor gather_rows(const Tensor& x, const Tensor& index) {
   const int64_t stride = rows.stride(0) * static_cast<int64_t>(x.element_size());
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  prefer_huge_pages(to, count * bytes);
   const int64_t grain = rows_worth_a_thread(bytes);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
@@ -134,6 +136,7 @@ Tensor gather_cols(const Tensor& x, const Tensor& index) {
   const int64_t bytes = count * size, stride = rows.stride(0) * size;
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  prefer_huge_pages(to, height * bytes);
   const int64_t grain = rows_worth_a_thread(bytes);
   torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from prunekit.arch import find_mlps, fingerprint
@@ -20,6 +21,8 @@ from prunekit.integrations.transformers import load, load_tokenizer
 from prunekit.measure.memory import parameter_count
 from prunekit.plan import PrunePlan, check_sparsity, plan
 from prunekit.stats import NeuronStats
+
+logger = logging.getLogger(__name__)
 
 CONFIG = PruneConfig
 EXAMPLES = """  prunekit prune demo --target task.jsonl --sparsity 0.2 -o small
@@ -52,6 +55,10 @@ def run(config: PruneConfig, output: Output) -> int:
     begun = time.perf_counter()
     chosen = given or _choose(config, model, stats)
     method = config.compensate or _default_method(stats)
+    if stats is not None and method == "none" and not config.compensate:
+        logger.warning(
+            "nothing is repaired: %s has no Gram matrices (calibrate --gram)", config.stats
+        )
     before = parameter_count(model)
     facts = {
         "model": config.model,

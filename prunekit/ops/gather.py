@@ -8,11 +8,11 @@ from prunekit.ops.registry import call, define
 
 
 def gather_rows_ref(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x[index.long()].contiguous()
+    return x.index_select(0, index).contiguous()
 
 
 def gather_cols_ref(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x[:, index.long()].contiguous()
+    return x.index_select(1, index).contiguous()
 
 
 def _gather_rows_fake(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
