@@ -7,14 +7,11 @@ bytes, what one pass over gate, up and h moves.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
-from prunekit.measure.provenance import device_name
+from bench.start import start
 from prunekit.measure.timing import interleave, summarise
 from prunekit.ops import ACTIVATIONS, activation_code, gated_act_stats, gated_act_stats_ref
-from prunekit.ops.isa import cpu_isa
 
 CASES = (
     (2048, 1536, torch.bfloat16, "silu"),
@@ -66,15 +63,9 @@ def measure(tokens: int, width: int, dtype: torch.dtype, act: str, rounds: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    print(f"{device_name()}, {cpu_isa() or 'extension not built'}, {args.rounds} rounds")
+    rounds = start(__doc__)
     for case in CASES:
-        measure(*case, args.rounds)
+        measure(*case, rounds)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ writes into a tensor that exists; the others, as `clone`, make theirs and pay fo
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import torch
 
-from prunekit.measure.provenance import device_name
+from bench.start import start
 from prunekit.measure.timing import interleave, summarise
 from prunekit.ops import gather_cols, gather_rows
-from prunekit.ops.isa import cpu_isa
 
 
 @dataclass(frozen=True)
@@ -76,15 +74,9 @@ def measure(case: Case, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    print(f"{device_name()}, {cpu_isa() or 'extension not built'}, {args.rounds} rounds")
+    rounds = start(__doc__)
     for case in CASES:
-        measure(case, args.rounds)
+        measure(case, rounds)
 
 
 if __name__ == "__main__":
