@@ -64,7 +64,34 @@ def test_removing_silent_neurons_keeps_the_logits(architecture):
     assert (after - before).norm() / before.norm() < 1e-5
 
 
-def test_removing_silent_trailing_neurons_keeps_each_kept_activation_bit_for_bit(architecture):
+ACT_KEYS = {
+    "gemma2": "hidden_activation",
+    "gemma3": "hidden_activation",
+    "opt": "activation_function",
+    "gpt2": "activation_function",
+}
+
+
+def test_where_sums_are_exact_removing_silent_neurons_changes_no_bit(architecture):
+    """Small integers and relu: every sum is exact in fp32, in whatever order a product takes it."""
+    model = tiny_model(architecture, **{ACT_KEYS.get(architecture, "hidden_act"): "relu"})
+    with torch.no_grad():
+        for view in find_mlps(model):
+            for p in (view.gate, view.up, view.down, view.gate_bias, view.up_bias, view.down_bias):
+                if p is not None:
+                    p.copy_(torch.randint(-3, 4, p.shape))
+    plan = _silence(model)
+    x = torch.randint(-3, 4, (5, 32)).float()
+    before = [view.apply(x) for view in find_mlps(model)]
+    prune(model, plan, compensate="none")
+    assert all(y.abs().max() > 0 for y in before)
+    for view, y in zip(find_mlps(model), before, strict=True):
+        assert torch.equal(view.apply(x), y)
+        if view.kind != "experts" and architecture != "opt":  # those cannot run alone
+            assert torch.equal(view.module(x), y)
+
+
+def test_pruning_keeps_the_kept_weights_bit_for_bit(architecture):
     model = tiny_model(architecture)
     views = find_mlps(model)
     x = torch.randn(5, 32)
@@ -131,6 +158,16 @@ def test_an_unknown_mlp_is_refused_by_name_and_can_be_registered(llama):
         assert len(find_mlps(tiny_model("llama"))) == 2
     finally:
         LAYOUTS.remove(layout)
+
+
+def test_a_model_without_mlps_is_refused_with_the_modules_seen():
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    model = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=2))
+    with pytest.raises(
+        InputError, match=r"without one: \[0, 1\].*seen: .*MambaMixer.*register_arch"
+    ):
+        find_mlps(model)
 
 
 def test_an_unknown_activation_is_refused():

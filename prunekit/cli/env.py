@@ -39,6 +39,7 @@ def run(config: EnvConfig, output: Output) -> int:
         for name, operation in OPERATIONS.items()
     ]
     output.table("operations", ("operation", *BACKENDS, "serves here"), rows)
+    output.line("gram_update's cpp is oneDNN through torch, with or without the extension")
     if facts["cpu_isa"]:
         output.line(f"CPU kernels use {facts['cpu_isa']}")
     if forced:
