@@ -52,6 +52,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.gathers
 	$(BIN)/python -m bench.act_stats
 	$(BIN)/python -m bench.calibration
+	$(BIN)/python -m bench.decode --rounds 5
 
 clean:
 	rm -rf build demo-out *.egg-info prunekit/_C*.so

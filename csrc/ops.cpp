@@ -23,4 +23,5 @@ STABLE_TORCH_LIBRARY_IMPL(prunekit, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&prunekit::gather_rows));
   m.impl("gather_cols", TORCH_BOX(&prunekit::gather_cols));
   m.impl("gated_act_stats", TORCH_BOX(&prunekit::gated_act_stats));
+  m.impl("gated_mlp_decode", TORCH_BOX(&prunekit::gated_mlp_decode));
 }

@@ -19,6 +19,11 @@ Tensor gather_cols(const Tensor& x, const Tensor& index);
 std::tuple<Tensor, Tensor, Tensor> gated_act_stats(
     const Tensor& gate, const std::optional<Tensor>& up, const Tensor& spans, int64_t act);
 
+Tensor gated_mlp_decode(
+    const Tensor& x, const Tensor& gate, const std::optional<Tensor>& up, const Tensor& down,
+    const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& up_bias,
+    const std::optional<Tensor>& down_bias, int64_t act);
+
 template <typename... Parts>
 std::string message(const Parts&... parts) {
   std::ostringstream text;

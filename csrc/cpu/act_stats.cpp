@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../ops.h"
+#include "act.h"
 #include "isa.h"
 
 #if PRUNEKIT_X86_KERNELS
@@ -24,8 +25,6 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t TILE = 64;     // columns: whole cache lines and pairs of vectors for every dtype
 constexpr int64_t PANEL = 1024;  // columns: each page of the rows is met only a few times
-
-enum class Act { silu, gelu, gelu_tanh, relu, relu2 };  // the codes of prunekit/ops/activations.py
 
 struct Problem {
   const void* gate;

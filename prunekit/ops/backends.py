@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from prunekit.ops.gated_mlp import gated_mlp_cpu
 from prunekit.ops.registry import LIBRARY, OPERATIONS
 
 _CPP_OPERATIONS = ("gather_rows", "gather_cols", "gated_act_stats")
@@ -38,6 +39,11 @@ def _attach_extension(why_not: str | None) -> None:
             OPERATIONS[name].backends["cpp"] = overload
         else:
             OPERATIONS[name].unavailable["cpp"] = why_not
+    if why_not is None:
+        OPERATIONS["gated_mlp"].backends["cpp"] = gated_mlp_cpu
+        LIBRARY.impl("gated_mlp", gated_mlp_cpu, "CPU")
+    else:
+        OPERATIONS["gated_mlp"].unavailable["cpp"] = why_not
 
 
 def _triton_problem() -> str | None:

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from prunekit import ops
+from prunekit.ops.backends import EXTENSION_PROBLEM
+
+needs_extension = pytest.mark.skipif(EXTENSION_PROBLEM is not None, reason=str(EXTENSION_PROBLEM))
 
 
 def weights(hidden, width, *, gated=True, bias=True, dtype=torch.float64, grad=False):
@@ -66,3 +69,66 @@ def test_wrong_arguments():
         ops.gated_mlp(torch.randn(2, 5), gate, up, down)
     with pytest.raises(ValueError, match="got 'swish'; expected one of silu, gelu, gelu_tanh"):
         ops.gated_mlp(torch.randn(2, 3), gate, up, down, act="swish")
+
+
+def decode(x, parts, act):
+    """What the C++ kernel gives, with no fallback."""
+    return torch.ops.prunekit.gated_mlp_decode(x, *parts, ops.activation_code(act))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 4, 5, 16])
+@pytest.mark.parametrize(("hidden", "width"), [(1, 1), (7, 3), (33, 130), (96, 256)])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, True)])
+def test_decode_is_at_most_twice_as_far_from_fp64_as_torch(
+    dtype, tokens, hidden, width, gated, bias
+):
+    exact = weights(hidden, width, gated=gated, bias=bias)
+    exact = [None if w is None else (w / w.shape[-1] ** 0.5) for w in exact]
+    parts = [None if w is None else w.to(dtype) for w in exact]
+    x = torch.randn(tokens, hidden).to(dtype)
+    code = ops.activation_code("silu")
+    want = ops.gated_mlp_ref(x.double(), *(None if w is None else w.double() for w in parts), code)
+    theirs = (ops.gated_mlp_ref(x, *parts, code).double() - want).abs()
+    ours = (decode(x, parts, "silu").double() - want).abs()
+    if tokens:
+        # Rounding the result alone can cost half a unit in the last place of the largest output.
+        rounding = torch.finfo(dtype).eps * want.abs().max()
+        assert ours.max() <= 2 * max(theirs.max(), rounding)
+
+
+@needs_extension
+@pytest.mark.parametrize("act", list(ops.ACTIVATIONS))
+def test_decode_knows_every_activation(act):
+    parts = weights(40, 70, dtype=torch.float32)
+    x = torch.randn(3, 40)
+    want = ops.gated_mlp_ref(x, *parts, ops.activation_code(act))
+    torch.testing.assert_close(decode(x, parts, act), want, rtol=1e-4, atol=1e-3)
+
+
+@needs_extension
+def test_decode_serves_few_tokens_of_any_shape_and_gives_the_same_bits_on_any_threads():
+    parts = [None if w is None else w.bfloat16() for w in weights(64, 200, bias=False)]
+    gate, up = torch.cat(parts[:2]).chunk(2)  # as in a fused projection: rows of one matrix
+    x = torch.randn(2, 1, 64).bfloat16()
+    direct = decode(x.view(2, 64), [gate, up, *parts[2:]], "silu")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            got = ops.gated_mlp(x, gate, up, parts[2], act="silu")
+            assert torch.equal(got, direct.view(2, 1, 64))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_extension
+def test_decode_refuses_what_it_cannot_serve():
+    parts = weights(4, 6, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"contiguous \[T, D\] on the CPU with T up to 16"):
+        decode(torch.randn(17, 4), parts, "silu")
+    with pytest.raises(ValueError, match="dtype must be bf16, fp16 or fp32"):
+        decode(torch.randn(2, 4).double(), parts, "silu")
+    with pytest.raises(ValueError, match=r"down must be \[4, 6\] of x's dtype"):
+        decode(torch.randn(2, 4), [*parts[:2], parts[2].T, *parts[3:]], "silu")

@@ -1,0 +1,98 @@
+"""Decoding through CompactMLP against transformers' own MLP, on the shapes of real models.
+
+A stack of MLPs is cycled so that no cache serves the weights; both take turns in one process over
+the same weights, after a check that they agree. GB/s counts 3·D·F·b, each weight read once; `read`
+is the rate at which torch sums fp32 weights, a plain reading loop.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from bench.start import start
+from prunekit.arch import _gated
+from prunekit.measure.timing import interleave, summarise
+from prunekit.nn import CompactMLP
+
+SHAPES = {
+    "SmolLM2-135M": (576, (1536, 1024, 768)),
+    "Qwen2.5-1.5B": (1536, (8960, 7168, 4480)),
+    "Qwen2.5-7B": (3584, (18944, 15104, 9472)),
+}
+DTYPES = (torch.bfloat16, torch.float32)
+TOKENS = (1, 4, 16)
+WEIGHTS_BYTES = 600 << 20  # more than the caches of any machine this is likely to run on
+
+
+def llama_mlps(hidden: int, width: int, dtype: torch.dtype) -> list[nn.Module]:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=width, mlp_bias=False)
+    count = max(2, WEIGHTS_BYTES // (3 * hidden * width * dtype.itemsize))
+    mlps = []
+    for _ in range(count):
+        mlp = LlamaMLP(config).to(dtype)
+        mlps.append(mlp.requires_grad_(False))
+    return mlps
+
+
+def compact(mlp: nn.Module, width: int) -> CompactMLP:
+    model = SimpleNamespace(config=SimpleNamespace(intermediate_size=width))
+    return CompactMLP(_gated("mlp", mlp, model)[0])
+
+
+def measure(name: str, hidden: int, width: int, dtype: torch.dtype, rounds: int) -> None:
+    theirs = llama_mlps(hidden, width, dtype)
+    ours = [compact(mlp, width) for mlp in theirs]
+    moved = len(theirs) * 3 * hidden * width * dtype.itemsize
+
+    def cycle(mlps: list[nn.Module], x: torch.Tensor):
+        def run() -> None:
+            with torch.inference_mode():
+                for mlp in mlps:
+                    mlp(x)
+
+        return run
+
+    def read() -> None:
+        for mlp in theirs:
+            for p in mlp.parameters():
+                p.view(torch.float32).sum()
+
+    for tokens in TOKENS:
+        x = torch.randn(tokens, hidden).to(dtype)
+        torch.testing.assert_close(ours[0](x), theirs[0](x), rtol=0.05, atol=0.02)
+        cases = {"theirs": cycle(theirs, x), "ours": cycle(ours, x)}
+        if tokens == 1:
+            cases["read"] = read
+        seconds = {k: summarise(v) for k, v in interleave(cases, rounds, warmup=1).items()}
+        us = {k: 1e6 * s.median / len(theirs) for k, s in seconds.items()}
+        rates = {k: moved / s.median / 1e9 for k, s in seconds.items()}
+        spread = 1e6 / len(theirs) * seconds["ours"].low, 1e6 / len(theirs) * seconds["ours"].high
+        reading = f"{rates['read']:6.1f}" if tokens == 1 else " " * 6
+        print(
+            f"{name:13} {width:6} {str(dtype).removeprefix('torch.'):9} {tokens:3} "
+            f"{us['theirs']:11.1f} {us['ours']:8.1f} {spread[0]:8.1f}-{spread[1]:<8.1f} "
+            f"{us['theirs'] / us['ours']:7.2f} {rates['ours']:6.1f} {reading}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    rounds = start(__doc__)
+    print(
+        f"\n{'model':13} {'width':>6} {'dtype':9} {'T':>3} {'theirs µs':>11} {'ours µs':>8} "
+        f"{'p25-p75':>17} {'speedup':>7} {'GB/s':>6} {'read':>6}"
+    )
+    for dtype in DTYPES:
+        for name, (hidden, widths) in SHAPES.items():
+            for width in widths:
+                measure(name, hidden, width, dtype, rounds)
+
+
+if __name__ == "__main__":
+    main()
