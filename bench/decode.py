@@ -7,13 +7,11 @@ is the rate at which torch sums fp32 weights, a plain reading loop.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import nn
 
 from bench.start import start
-from prunekit.arch import _gated
+from prunekit.arch import find_mlps
 from prunekit.measure.timing import interleave, summarise
 from prunekit.nn import CompactMLP
 
@@ -27,27 +25,24 @@ TOKENS = (1, 4, 16)
 WEIGHTS_BYTES = 600 << 20  # more than the caches of any machine this is likely to run on
 
 
-def llama_mlps(hidden: int, width: int, dtype: torch.dtype) -> list[nn.Module]:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP
+def llama(hidden: int, width: int, dtype: torch.dtype) -> nn.Module:
+    """A Llama of MLPs: as many layers as fill WEIGHTS_BYTES, next to nothing in attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=width, mlp_bias=False)
-    count = max(2, WEIGHTS_BYTES // (3 * hidden * width * dtype.itemsize))
-    mlps = []
-    for _ in range(count):
-        mlp = LlamaMLP(config).to(dtype)
-        mlps.append(mlp.requires_grad_(False))
-    return mlps
-
-
-def compact(mlp: nn.Module, width: int) -> CompactMLP:
-    model = SimpleNamespace(config=SimpleNamespace(intermediate_size=width))
-    return CompactMLP(_gated("mlp", mlp, model)[0])
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=max(2, WEIGHTS_BYTES // (3 * hidden * width * dtype.itemsize)),
+        num_attention_heads=1,
+        head_dim=8,
+        vocab_size=8,
+    )
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
 
 
 def measure(name: str, hidden: int, width: int, dtype: torch.dtype, rounds: int) -> None:
-    theirs = llama_mlps(hidden, width, dtype)
-    ours = [compact(mlp, width) for mlp in theirs]
+    views = find_mlps(llama(hidden, width, dtype))
+    theirs, ours = [view.module for view in views], [CompactMLP(view) for view in views]
     moved = len(theirs) * 3 * hidden * width * dtype.itemsize
 
     def cycle(mlps: list[nn.Module], x: torch.Tensor):

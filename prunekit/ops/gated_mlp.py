@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from prunekit.ops.activations import activate, activation_code
-from prunekit.ops.registry import LIBRARY, call, define
+from prunekit.ops.registry import LIBRARY, call, define, forced_backend
 
 Optional = torch.Tensor | None
 
@@ -128,4 +128,8 @@ def gated_mlp(
             f"gated_mlp: x [..., {x.shape[-1]}] does not fit gate {tuple(gate.shape)}, "
             f"up {None if up is None else tuple(up.shape)}, down {tuple(down.shape)}"
         )
-    return call("gated_mlp", x, gate, up, down, gate_bias, up_bias, down_bias, activation_code(act))
+    tensors = x, gate, up, down, gate_bias, up_bias, down_bias
+    code = activation_code(act)
+    if forced_backend() is None and x.device.type == "cpu" and not _decodes(*tensors):
+        return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
+    return call("gated_mlp", *tensors, code)

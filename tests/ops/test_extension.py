@@ -30,7 +30,7 @@ def run(*command, level):
     )
 
 
-@pytest.mark.parametrize("name", ["gather_rows", "gather_cols", "gated_act_stats"])
+@pytest.mark.parametrize("name", ["gather_rows", "gather_cols", "gated_act_stats", "gated_mlp"])
 def test_serves_the_cpu(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"prunekit::{name}", "CPU")
     assert "cpp" in OPERATIONS[name].backends
@@ -53,7 +53,8 @@ def test_unknown_instruction_set():
 def test_operations_at_each_level(level):
     if LEVELS.index(level) >= LEVELS.index(cpu_isa()):
         pytest.skip(f"{level} is what this process uses, or more than this CPU has")
-    files = (str(HERE / "test_gather.py"), str(HERE / "test_gated_act_stats.py"))
-    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", *files, level=level)
+    names = ("test_gather.py", "test_gated_act_stats.py", "test_gated_mlp.py")
+    pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp or decode")
+    result = run(*pytest_, *(str(HERE / name) for name in names), level=level)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
