@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit import ops
 from prunekit.arch import MLPView, Slot, blocks, find_mlps, text_config
-from prunekit.compensate import Repair, check_method, repair
+from prunekit.compensate import Repair, check_method, default_method, repair
 from prunekit.errors import InputError
 from prunekit.nn import CompactMLP
 from prunekit.plan import PrunePlan
@@ -46,7 +46,7 @@ def prune(
     views = find_mlps(model, verify=False)
     plan.check_model(views)
     if compensate is None:
-        compensate = "lstsq" if stats and stats.target[0].gram is not None else "none"
+        compensate = default_method(stats)
     check_method(compensate)
     if compensate != "none":
         if stats is None:

@@ -9,7 +9,7 @@ import torch
 
 from prunekit.arch import MLPView
 from prunekit.errors import InputError
-from prunekit.stats import NeuronSums
+from prunekit.stats import NeuronStats, NeuronSums
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,11 @@ def check_method(method: str) -> None:
     """Raise InputError unless the name is one of ``METHODS``."""
     if method not in METHODS:
         raise InputError(f"compensate: got {method!r}; expected one of {', '.join(METHODS)}")
+
+
+def default_method(stats: NeuronStats | None) -> str:
+    """lstsq where the statistics have Gram matrices for it, else none."""
+    return "lstsq" if stats is not None and stats.target[0].gram is not None else "none"
 
 
 def repair(view: MLPView, sums: NeuronSums, kept: torch.Tensor, method: str) -> Repair | None:

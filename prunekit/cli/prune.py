@@ -11,7 +11,7 @@ from prunekit.checkpoint import save, weight_bytes
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
-from prunekit.compensate import check_method
+from prunekit.compensate import check_method, default_method
 from prunekit.config import PruneConfig
 from prunekit.criteria import score
 from prunekit.criteria.registry import get_criterion
@@ -54,7 +54,7 @@ def run(config: PruneConfig, output: Output) -> int:
         )
     begun = time.perf_counter()
     chosen = given or _choose(config, model, stats)
-    method = config.compensate or _default_method(stats)
+    method = config.compensate or default_method(stats)
     if stats is not None and method == "none" and not config.compensate:
         logger.warning(
             "nothing is repaired: %s has no Gram matrices (calibrate --gram)", config.stats
@@ -118,10 +118,6 @@ def _check(config: PruneConfig) -> None:
 
 def _method(config: PruneConfig, *, has_target: bool) -> str:
     return config.compensate or ("lstsq" if has_target else "none")
-
-
-def _default_method(stats: NeuronStats | None) -> str:
-    return "lstsq" if stats is not None and stats.target[0].gram is not None else "none"
 
 
 def _choose(config: PruneConfig, model, stats: NeuronStats | None) -> PrunePlan:
