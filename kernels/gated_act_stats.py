@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from prunekit_kernels.activations import activate
+from prunekit_kernels.launch import architecture, launch
 
 _THREADS = 64  # a program; each holds 16 bytes of a row
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -184,7 +185,7 @@ def gated_act_stats_triton(
     # Without prompts, one empty span still makes programs that write h.
     owners = spans.contiguous() if prompts else spans.new_zeros((1, 2))
 
-    options = launch_options(gate.element_size(), hip=torch.version.hip is not None)
+    options = launch_options(gate.element_size(), hip=architecture(gate.device).startswith("gfx"))
     column_blocks = triton.cdiv(width, options["BLOCK_F"])
     splits = split_count(tokens, len(owners), column_blocks)
     programs = len(owners) * splits
@@ -196,7 +197,9 @@ def gated_act_stats_triton(
 
     # Triton launches on the current device, which need not be the one that holds the tensors.
     with torch.cuda.device_of(gate):
-        _gated_act_stats_kernel[(programs, column_blocks)](
+        launch(
+            _gated_act_stats_kernel,
+            (programs, column_blocks),
             gate,
             up,
             h,
@@ -211,7 +214,9 @@ def gated_act_stats_triton(
             ACT=act,
             **options,
         )
-        _reduce_kernel[(prompts + 4, triton.cdiv(width, _REDUCE_COLUMNS))](
+        launch(
+            _reduce_kernel,
+            (prompts + 4, triton.cdiv(width, _REDUCE_COLUMNS)),
             partials,
             prompt_abs,
             token_stats,
