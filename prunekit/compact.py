@@ -45,6 +45,7 @@ def prune(
     """
     views = find_mlps(model, verify=False)
     plan.check_model(views)
+    _check_equal_widths(views, plan)
     if compensate is None:
         compensate = default_method(stats)
     check_method(compensate)
@@ -81,6 +82,17 @@ def _record(plan: PrunePlan, stats: NeuronStats | None, compensate: str) -> dict
     }
 
 
+def _check_equal_widths(views: list[MLPView], plan: PrunePlan) -> None:
+    """Experts that share a parameter must keep equally many neurons."""
+    for indices in blocks(views):
+        widths = {plan.kept[i].numel() for i in indices}
+        if len(widths) > 1:
+            raise InputError(
+                f"{views[indices[0]].name}: the experts of a layer must keep equally many neurons, "
+                f"got {sorted(widths)}"
+            )
+
+
 def _check_bias_slot(model: nn.Module, views: list[MLPView]) -> None:
     if all(view.down_bias is not None for view in views):
         return
@@ -101,8 +113,6 @@ def _compact_block(
         for slot in view.slots.values():
             device_index = indices.to(slot.parameter.device)
             parts.setdefault((id(slot.owner), slot.name), []).append((slot, device_index))
-    if len({k.numel() for k in kept}) > 1:
-        raise InputError(f"{views[0].name}: the experts of a layer must keep equally many neurons")
     for members in parts.values():
         _shrink(members)
     for view, fix in zip(views, fixes, strict=True):

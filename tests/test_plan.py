@@ -106,3 +106,14 @@ def test_a_plan_of_another_model_is_refused(llama):
     with pytest.raises(InputError, match="made for another model"):
         pk.prune(llama, plan)
     assert all(torch.equal(a, b) for a, b in zip(before, llama.parameters(), strict=True))
+
+
+def test_experts_that_would_keep_unequal_widths_are_refused_before_anything_changes():
+    model = tiny_model("qwen2_moe")
+    widths = [view.width for view in find_mlps(model)]
+    kept = [torch.arange(w // 2, dtype=torch.int32) for w in widths]
+    kept[-2] = kept[-2][:-1]  # an expert of the last layer
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(InputError, match="experts of a layer must keep equally many"):
+        pk.prune(model, PrunePlan(tuple(kept), tuple(widths)))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

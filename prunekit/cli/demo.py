@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from torch import nn
 from prunekit.calibrate import calibrate
 from prunekit.checkpoint import save, weight_bytes
 from prunekit.cli.output import Output, count
+from prunekit.compact import compact_modules
 from prunekit.config import DemoConfig
 from prunekit.evaluate import Loss, evaluate_loss
 from prunekit.experiment.variants import Outcome, Variant, run_variants
@@ -48,15 +50,19 @@ _COLUMNS = (
     "disk\nMB",
     f"pp{_PROMPT}\nt/s",
     f"tg{_GENERATE}\nt/s",
-    "speed\n-up ×",
+    "×",
+    f"tg{_GENERATE}\ndrop-in",
+    "×",
     "peak\nMB",
 )
 _NOTE = (
     "Loss: nats a token on the solutions of HumanEval's odd problems, which calibration did not "
     "see. "
     f"pp: prefill of {_PROMPT} tokens; tg: decode of {_GENERATE} after them, batch 1, median of "
-    f"{_ROUNDS} interleaved rounds; speed-up: of decode. Peak: what loading and running added to a "
-    "fresh process. Speed and memory depend on the width alone, so each width was measured once."
+    f"{_ROUNDS} interleaved rounds, in plain transformers and with every MLP a CompactMLP "
+    "(compact_modules) over the same weights; ×: speed-up over the dense model in plain "
+    "transformers. Peak: what loading and running added to a fresh process, in plain transformers. "
+    "Speed and memory depend on the width alone, so each width was measured once."
 )
 
 
@@ -118,15 +124,23 @@ def _measure(dense: nn.Module, tokenizer: Any, outcomes: list[Outcome]) -> dict[
     for outcome in outcomes:
         models.setdefault(_width(outcome), outcome.model)
     named = {str(width): model for width, model in models.items()}
+    named |= {f"{width} drop-in": _drop_in(model) for width, model in models.items()}
     rows = bench_models(named, prompt=_PROMPT, generate=_GENERATE, rounds=_ROUNDS)
     found: dict[int, dict] = {width: {} for width in models}
     for row in rows:
-        found[int(row.model)][row.test[:2]] = asdict(row)
+        width, _, kind = row.model.partition(" ")
+        found[int(width)][f"{row.test[:2]} {kind}".strip()] = asdict(row)
     for width, model in models.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = save(model, tokenizer, Path(scratch) / "model")
             found[width] |= peak_memory(folder, prompt=_PROMPT) | {"disk": weight_bytes(folder)}
     return found
+
+
+def _drop_in(model: nn.Module) -> nn.Module:
+    """A twin whose MLPs are CompactMLPs; it shares every weight with the model."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return compact_modules(copy.deepcopy(model, shared))
 
 
 def _rows(
@@ -148,6 +162,8 @@ def _rows(
                 f"{m['pp']['tokens_per_s']:.0f}",
                 f"{m['tg']['tokens_per_s']:.1f}",
                 f"{m['tg']['speedup']:.2f}",
+                f"{m['tg drop-in']['tokens_per_s']:.1f}",
+                f"{m['tg drop-in']['speedup']:.2f}",
                 f"{m['peak_bytes'] / 1e6:.0f}",
             )
         )
