@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from prunekit.ops.gated_mlp import gated_mlp_cpu
+from prunekit.ops.gated_mlp_cpu import gated_mlp_cpu
 from prunekit.ops.registry import LIBRARY, OPERATIONS
 
 _CPP_OPERATIONS = ("gather_rows", "gather_cols", "gated_act_stats")

@@ -6,17 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from prunekit.ops.activations import activate, activation_code
+from prunekit.ops.gated_mlp_cpu import ARGUMENTS, decodes
 from prunekit.ops.registry import LIBRARY, call, define, forced_backend
 
 Optional = torch.Tensor | None
-
-# For how many tokens the CPU's decode kernel beats torch's products (`python -m bench.decode`, on
-# AVX-512 with two threads); it takes 16 at the most.
-DECODE_TOKENS = {
-    torch.bfloat16: range(1, 3),
-    torch.float16: range(1, 4),
-    torch.float32: range(4, 17),
-}
 
 
 def gated_mlp_ref(
@@ -58,31 +51,7 @@ def _backward(ctx, grad):
     return (*(found.get(i) for i in range(len(leaves))), None)
 
 
-def _decodes(x: torch.Tensor, *weights: Optional) -> bool:
-    """Whether the CPU's decode kernel serves: few tokens, of its dtypes, rows it can stream."""
-    tokens = x.numel() // max(x.shape[-1], 1)
-    return tokens in DECODE_TOKENS.get(x.dtype, ()) and all(
-        w is None or (w.dtype == x.dtype and w.stride(-1) == 1) for w in weights
-    )
-
-
-def gated_mlp_cpu(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tensor:
-    """Decode through the C++ kernel where it is faster, all else through torch's own products."""
-    if not _decodes(x, gate, up, down, gate_bias, up_bias, down_bias):
-        return gated_mlp_ref(x, gate, up, down, gate_bias, up_bias, down_bias, act)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.ops.prunekit.gated_mlp_decode.default(
-        rows, gate, up, down, gate_bias, up_bias, down_bias, act
-    )
-    return y.view(*x.shape[:-1], down.shape[0])
-
-
-_ARGUMENTS = (
-    "(Tensor x, Tensor gate, Tensor? up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
-    "Tensor? down_bias, int act) -> Tensor"
-)
-LIBRARY.define("gated_mlp_decode" + _ARGUMENTS)  # served by the C++ extension alone
-define("gated_mlp" + _ARGUMENTS, reference=gated_mlp_ref, fake=_gated_mlp_fake)
+define("gated_mlp" + ARGUMENTS, reference=gated_mlp_ref, fake=_gated_mlp_fake)
 torch.library.register_autograd(
     "prunekit::gated_mlp", _backward, setup_context=_save_for_backward, lib=LIBRARY
 )
@@ -130,6 +99,6 @@ def gated_mlp(
         )
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias
     code = activation_code(act)
-    if forced_backend() is None and x.device.type == "cpu" and not _decodes(*tensors):
+    if forced_backend() is None and x.device.type == "cpu" and not decodes(*tensors):
         return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
     return call("gated_mlp", *tensors, code)
