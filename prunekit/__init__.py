@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.arch import MLPView, find_mlps, register_arch
 from prunekit.calibrate import calibrate
-from prunekit.compact import compact_modules, prune
+from prunekit.compact import compact_modules, prune, trying
 from prunekit.criteria import score
 from prunekit.errors import InputError
 from prunekit.evaluate import evaluate
@@ -50,6 +50,7 @@ __all__ = [
     "register_arch",
     "save",
     "score",
+    "trying",
 ]
 
 

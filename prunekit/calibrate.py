@@ -26,7 +26,7 @@ Source = str | Path | Corpus | Sequence[str]
 
 
 class _Recorder:
-    """The tap of a calibration: computes h, and adds its statistics to the current class."""
+    """The taps of a calibration: compute h, and add its statistics to the current class."""
 
     def __init__(self, views: list[MLPView]):
         self.views = views
@@ -44,11 +44,22 @@ class _Recorder:
         if rows is not None:  # an expert sees some of the tokens: find each prompt's among them
             spans = torch.searchsorted(rows.cpu(), spans)
         h, prompt_abs, token_stats = ops.gated_act_stats(gate, up, spans, self.views[index].act)
+        self._add(index, h, prompt_abs, token_stats, spans)
+        return h
+
+    def mlp(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The tap of a whole MLP, where products and statistics are one operation."""
+        v, spans = self.views[index], self.batch_spans
+        biases = {"gate_bias": v.gate_bias, "up_bias": v.up_bias, "down_bias": v.down_bias}
+        y, *found = ops.gated_mlp_stats(x, v.gate, v.up, v.down, spans, **biases, act=v.act)
+        self._add(index, *found, spans)
+        return y
+
+    def _add(self, index: int, h, prompt_abs, token_stats, spans: torch.Tensor) -> None:
         sums = self.sums[index]
         sums.add(prompt_abs, token_stats, (spans[:, 1] - spans[:, 0]).tolist())
         if sums.gram is not None:
             ops.gram_update(sums.gram, _counted(h, spans))
-        return h
 
 
 def _counted(h: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
@@ -151,7 +162,8 @@ def calibrate(
 
 def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:
     total = sum(len(p.ids) for p in prompts)
-    with observed(recorder.views, recorder), progress_bar(total, label, "tok", quiet=quiet) as bar:
+    taps = observed(recorder.views, recorder, recorder.mlp)
+    with taps, progress_bar(total, label, "tok", quiet=quiet) as bar:
         for batch in batches(prompts, batch_tokens):
             recorder.batch_spans = batch.spans()
             forward_decoder(model, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -213,3 +215,31 @@ def compact_modules(model: nn.Module, plan: PrunePlan | None = None) -> nn.Modul
                 compact.train(child.training)
                 setattr(parent, name, compact)
     return model
+
+
+@contextmanager
+def trying(model: nn.Module, plan: PrunePlan) -> Iterator[nn.Module]:
+    """Inside the block, a model uses only the neurons that a plan keeps; no weight changes.
+
+    What `prune` without repair would give, at the price of an index: many plans can be tried on one
+    model without copying it.
+
+    Args:
+        model: dense, its MLPs replaced by `compact_modules`.
+        plan: made for this model.
+
+    Raises:
+        InputError: the plan belongs to another model, or an MLP is no CompactMLP.
+    """
+    views = find_mlps(model, verify=False)
+    plan.check_model(views)
+    for view in views:
+        if not isinstance(view.module, CompactMLP):
+            raise InputError(f"trying: {view.name} is no CompactMLP; call compact_modules first")
+    try:
+        for view, kept in zip(views, plan.kept, strict=True):
+            view.module.kept = kept.to(view.gate.device)
+        yield model
+    finally:
+        for view in views:
+            view.module.kept = None

@@ -9,7 +9,7 @@ from prunekit import ops
 from prunekit.arch import MLPView
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether calling a module does nothing but multiply by its weight and add its bias."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return type(module) is nn.Linear and not hooked and "forward" not in vars(module)
@@ -24,6 +24,10 @@ class CompactMLP(nn.Module):
 
     Args:
         view: an MLP found by `arch.find_mlps`, of kind gated, fused or plain.
+
+    Attributes:
+        kept: [K], int32 or int64, the neurons to compute with; None (the default) takes them all.
+            Nothing is removed, and no gradient flows while it is set.
     """
 
     def __init__(self, view: MLPView):
@@ -35,6 +39,7 @@ class CompactMLP(nn.Module):
         self._gate = names[id(view.slots["gate"].owner)]
         self._up = names[id(view.slots["up"].owner)] if "up" in view.slots else None
         self._down = names[id(view.slots["down"].owner)]
+        self.register_buffer("kept", None, persistent=False)
 
     @property
     def intermediate_size(self) -> int:
@@ -45,7 +50,7 @@ class CompactMLP(nn.Module):
         """Apply the MLP: [..., D] -> [..., D]."""
         gate, down = getattr(self, self._gate), getattr(self, self._down)
         up = getattr(self, self._up) if self._up else None
-        if not all(map(_is_bare, (gate, down) if up is None else (gate, up, down))):
+        if not all(map(is_bare, (gate, down) if up is None else (gate, up, down))):
             return self._call_projections(x)
         if self._kind == "plain":
             up_weight = up_bias = None
@@ -55,16 +60,11 @@ class CompactMLP(nn.Module):
             gate_bias, up_bias = (None, None) if gate.bias is None else gate.bias.chunk(2)
         else:
             gate_weight, gate_bias, up_weight, up_bias = gate.weight, gate.bias, up.weight, up.bias
-        return ops.gated_mlp(
-            x,
-            gate_weight,
-            up_weight,
-            down.weight,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down.bias,
-            act=self._act,
-        )
+        biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down.bias}
+        weights = gate_weight, up_weight, down.weight
+        if self.kept is not None:
+            return ops.gated_mlp_indexed(x, *weights, self.kept, **biases, act=self._act)
+        return ops.gated_mlp(x, *weights, **biases, act=self._act)
 
     def _call_projections(self, x: torch.Tensor) -> torch.Tensor:
         gate = getattr(self, self._gate)(x)
@@ -74,7 +74,10 @@ class CompactMLP(nn.Module):
         elif self._up is not None:
             up = getattr(self, self._up)(x)
         h = ops.ACTIVATIONS[self._act](gate)
-        return getattr(self, self._down)(h if up is None else h * up)
+        h = h if up is None else h * up
+        if self.kept is not None:
+            h = torch.zeros_like(h).index_copy(-1, self.kept.long(), h[..., self.kept])
+        return getattr(self, self._down)(h)
 
     def extra_repr(self) -> str:
         return f"kind={self._kind}, act={self._act}, intermediate_size={self.intermediate_size}"

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.arch import MLPView, blocks
+from prunekit.nn import is_bare
 
 # tap(view index, gate [T, F], up [T, F] or None, rows [T] or None) -> h [T, F]
 # rows: which token of the batch each row is, ascending; None where row t is token t.
 Tap = Callable[[int, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"], torch.Tensor]
+# mlp_tap(view index, x [T, D]) -> y [T, D]: a whole MLP, for those that are bare products
+MLPTap = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def _flat(tap: Tap, index: int, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
@@ -44,6 +47,13 @@ def _fused_forward(view: MLPView, index: int, tap: Tap):
         gate_up = gate_up.view(-1, gate_up.shape[-1])
         gate, up = gate_up.chunk(2, dim=-1)
         return mlp.down_proj(tap(index, gate, up, None)).view(*x.shape[:-1], -1)
+
+    return forward
+
+
+def _whole_forward(index: int, mlp_tap: MLPTap):
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return mlp_tap(index, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     return forward
 
@@ -89,12 +99,18 @@ def _replaced(owner: nn.Module, name: str, value) -> Iterator[None]:
 
 
 @contextmanager
-def observed(views: list[MLPView], tap: Tap) -> Iterator[None]:
-    """Inside the block, every MLP of these views obtains its h from ``tap``."""
+def observed(views: list[MLPView], tap: Tap, mlp_tap: MLPTap | None = None) -> Iterator[None]:
+    """Inside the block, every MLP of these views obtains its h from ``tap``.
+
+    With ``mlp_tap``, an MLP that is a module of its own over bare Linears goes to it as a whole.
+    """
     with ExitStack() as stack:
         for indices in blocks(views):
             view, index = views[indices[0]], indices[0]
-            if view.kind == "gated":
+            bare = all(is_bare(slot.owner) for slot in view.slots.values())
+            if mlp_tap is not None and bare and view.kind in ("gated", "fused"):
+                forward = _whole_forward(index, mlp_tap)
+            elif view.kind == "gated":
                 forward = _gated_forward(view, index, tap)
             elif view.kind == "fused":
                 forward = _fused_forward(view, index, tap)

@@ -93,3 +93,39 @@ def test_adapters_and_hooks_on_projections_are_not_passed_over(name, projection)
     compact.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: seen.append(1))
     logits(compact)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "phi3", "gpt_neox"])
+def test_a_plan_is_tried_without_changing_a_weight(name):
+    model = pk.compact_modules(tiny_model(name))
+    plan = pk.plan([torch.rand(v.width) for v in pk.find_mlps(model)], 0.5, multiple_of=1)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        dense = model(ids).logits
+        with pk.trying(model, plan):
+            tried = model(ids).logits
+        again = model(ids).logits
+        pruned = pk.prune(model, plan)(ids).logits
+    assert torch.equal(dense, again)
+    torch.testing.assert_close(tried, pruned)
+    assert not torch.allclose(tried, dense)
+
+
+def test_a_plan_is_tried_under_an_adapter_too(llama):
+    model = pk.compact_modules(llama)
+    plan = pk.plan([torch.rand(v.width) for v in pk.find_mlps(model)], 0.5, multiple_of=1)
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), pk.trying(model, plan):
+        want = model(ids).logits
+        hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(ids).logits, want)
+        hook.remove()
+
+
+def test_trying_needs_compact_modules(llama):
+    plan = pk.plan([torch.rand(v.width) for v in pk.find_mlps(llama)], 0.5, multiple_of=1)
+    with (
+        pytest.raises(InputError, match="is no CompactMLP; call compact_modules first"),
+        pk.trying(llama, plan),
+    ):
+        pass

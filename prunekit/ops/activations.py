@@ -44,3 +44,16 @@ def activation_code(name: str) -> int:
 def activate(x: torch.Tensor, code: int) -> torch.Tensor:
     """Apply the activation with this code, elementwise, in x's dtype."""
     return ACTIVATIONS[NAMES[code]](x)
+
+
+def activate_backward(grad: torch.Tensor, x: torch.Tensor, code: int) -> torch.Tensor:
+    """Multiply grad by the activation's derivative at x, elementwise, in x's dtype."""
+    name = NAMES[code]
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, x, 0)
+    if name == "relu2":
+        return grad * 2 * F.relu(x)
+    approximate = "tanh" if name == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)

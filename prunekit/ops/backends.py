@@ -9,10 +9,20 @@ from pathlib import Path
 import torch
 
 from prunekit.ops.gated_mlp_cpu import gated_mlp_cpu
-from prunekit.ops.registry import LIBRARY, OPERATIONS
+from prunekit.ops.gated_mlp_stats import gated_mlp_stats_composed
+from prunekit.ops.registry import LIBRARY, OPERATIONS, unless_forced
 
 _CPP_OPERATIONS = ("gather_rows", "gather_cols", "gated_act_stats")
-_TRITON_OPERATIONS = ("gated_act_stats",)
+# Python around the extension's own operators and torch's products.
+_AROUND_CPP = {"gated_mlp": gated_mlp_cpu, "gated_mlp_stats": gated_mlp_stats_composed}
+_TRITON_OPERATIONS = (
+    "gated_act_stats",
+    "gated_mlp",
+    "gated_mlp_backward",
+    "gated_mlp_indexed",
+    "gated_mlp_stats",
+    "gram_update",
+)
 
 
 def _load_extension() -> str | None:
@@ -39,11 +49,12 @@ def _attach_extension(why_not: str | None) -> None:
             OPERATIONS[name].backends["cpp"] = overload
         else:
             OPERATIONS[name].unavailable["cpp"] = why_not
-    if why_not is None:
-        OPERATIONS["gated_mlp"].backends["cpp"] = gated_mlp_cpu
-        LIBRARY.impl("gated_mlp", gated_mlp_cpu, "CPU")
-    else:
-        OPERATIONS["gated_mlp"].unavailable["cpp"] = why_not
+    for name, kernel in _AROUND_CPP.items():
+        if why_not is None:
+            OPERATIONS[name].backends["cpp"] = kernel
+            LIBRARY.impl(name, unless_forced(name, kernel), "CPU")
+        else:
+            OPERATIONS[name].unavailable["cpp"] = why_not
 
 
 def _triton_problem() -> str | None:
@@ -61,10 +72,12 @@ def _attach_triton(why_not: str | None) -> None:
         for name in _TRITON_OPERATIONS:
             OPERATIONS[name].unavailable["triton"] = why_not
         return
-    from prunekit_kernels.gated_act_stats import gated_act_stats_triton
+    from prunekit.ops import gpu
 
-    OPERATIONS["gated_act_stats"].backends["triton"] = gated_act_stats_triton
-    LIBRARY.impl("gated_act_stats", gated_act_stats_triton, "CUDA")
+    for name in _TRITON_OPERATIONS:
+        kernel = getattr(gpu, name)
+        OPERATIONS[name].backends["triton"] = kernel
+        LIBRARY.impl(name, unless_forced(name, kernel), "CUDA")
 
 
 def serving(name: str) -> str:

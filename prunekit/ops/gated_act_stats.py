@@ -54,6 +54,21 @@ define(
 )
 
 
+def check_spans(name: str, spans: torch.Tensor, tokens: int) -> None:
+    """Raise ValueError unless spans are [P, 2] int64 on the CPU, ascending within the tokens."""
+    if spans.dim() != 2 or spans.shape[1] != 2 or spans.dtype != torch.int64 or spans.is_cuda:
+        raise ValueError(
+            f"{name}: spans must be [P, 2] int64 on the CPU, got {tuple(spans.shape)} "
+            f"{spans.dtype} on {spans.device}"
+        )
+    ends = spans.flatten().tolist()
+    if ends and (ends[0] < 0 or ends[-1] > tokens or sorted(ends) != ends):
+        raise ValueError(
+            f"{name}: spans must ascend without overlap within [0, {tokens}], got "
+            f"{spans.tolist()[:8]}"
+        )
+
+
 def gated_act_stats(
     gate: torch.Tensor, up: torch.Tensor | None, spans: torch.Tensor, act: str
 ) -> Outputs:
@@ -96,15 +111,5 @@ def gated_act_stats(
             f"gated_act_stats: up must match gate ({tuple(gate.shape)}, {gate.dtype}, "
             f"{gate.device}, unit stride along F), got {tuple(up.shape)}, {up.dtype}, {up.device}"
         )
-    if spans.dim() != 2 or spans.shape[1] != 2 or spans.dtype != torch.int64 or spans.is_cuda:
-        raise ValueError(
-            f"gated_act_stats: spans must be [P, 2] int64 on the CPU, got {tuple(spans.shape)} "
-            f"{spans.dtype} on {spans.device}"
-        )
-    ends = spans.flatten().tolist()
-    if ends and (ends[0] < 0 or ends[-1] > gate.shape[0] or sorted(ends) != ends):
-        raise ValueError(
-            f"gated_act_stats: spans must ascend without overlap within [0, {gate.shape[0]}], got "
-            f"{spans.tolist()[:8]}"
-        )
+    check_spans("gated_act_stats", spans, gate.shape[0])
     return call("gated_act_stats", gate, up, spans, activation_code(act))

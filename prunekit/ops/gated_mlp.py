@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from prunekit.ops.activations import activate, activation_code
 from prunekit.ops.gated_mlp_cpu import ARGUMENTS, decodes
-from prunekit.ops.registry import LIBRARY, call, define, forced_backend
+from prunekit.ops.registry import LIBRARY, define, forced_backend
 
 Optional = torch.Tensor | None
 
@@ -39,22 +39,36 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad):
     """Recompute the forward and differentiate it: nothing of width F is kept between the passes."""
-    with torch.enable_grad():
-        leaves = [
-            None if t is None else t.detach().requires_grad_(needed)
-            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        ]
-        y = gated_mlp_ref(*leaves, ctx.act)
-    wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
-    grads = torch.autograd.grad(y, [leaves[i] for i in wanted], grad)
-    found = dict(zip(wanted, grads, strict=True))
-    return (*(found.get(i) for i in range(len(leaves))), None)
+    x, gate, up, down, gate_bias, up_bias, _ = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:-1])
+    found = iter(
+        torch.ops.prunekit.gated_mlp_backward.default(
+            grad, x, gate, up, down, gate_bias, up_bias, ctx.act, needed
+        )
+    )
+    return (*(next(found) if wanted else None for wanted in needed), None)
 
 
 define("gated_mlp" + ARGUMENTS, reference=gated_mlp_ref, fake=_gated_mlp_fake)
 torch.library.register_autograd(
     "prunekit::gated_mlp", _backward, setup_context=_save_for_backward, lib=LIBRARY
 )
+
+
+def check_shapes(
+    name: str, x: torch.Tensor, gate: torch.Tensor, up: Optional, down: torch.Tensor
+) -> None:
+    """Raise ValueError unless the weights fit x and one another."""
+    width, hidden = gate.shape
+    if (
+        x.shape[-1] != hidden
+        or down.shape[1] != width
+        or (up is not None and up.shape != gate.shape)
+    ):
+        raise ValueError(
+            f"{name}: x [..., {x.shape[-1]}] does not fit gate {tuple(gate.shape)}, "
+            f"up {None if up is None else tuple(up.shape)}, down {tuple(down.shape)}"
+        )
 
 
 def gated_mlp(
@@ -87,18 +101,9 @@ def gated_mlp(
     Cost:
         6·T·D·F FLOP; at least 3·D·F·b bytes, which is what bounds decoding.
     """
-    width, hidden = gate.shape
-    if (
-        x.shape[-1] != hidden
-        or down.shape[1] != width
-        or (up is not None and up.shape != gate.shape)
-    ):
-        raise ValueError(
-            f"gated_mlp: x [..., {x.shape[-1]}] does not fit gate {tuple(gate.shape)}, "
-            f"up {None if up is None else tuple(up.shape)}, down {tuple(down.shape)}"
-        )
+    check_shapes("gated_mlp", x, gate, up, down)
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias
     code = activation_code(act)
     if forced_backend() is None and x.device.type == "cpu" and not decodes(*tensors):
         return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
-    return call("gated_mlp", *tensors, code)
+    return torch.ops.prunekit.gated_mlp.default(*tensors, code)

@@ -34,13 +34,14 @@ def _bf16_products():
 def _gram_update_cpu(gram: torch.Tensor, h: torch.Tensor) -> None:
     if h.dtype == torch.bfloat16:
         with _bf16_products():
-            _add_triangle(gram, h.float())
+            gram_update_tiled(gram, h.float())
     else:
-        _add_triangle(gram, h.to(gram.dtype))
+        gram_update_tiled(gram, h)
 
 
-def _add_triangle(gram: torch.Tensor, h: torch.Tensor) -> None:
-    width = h.shape[1]
+def gram_update_tiled(gram: torch.Tensor, h: torch.Tensor) -> None:
+    """Add hᵀh to the upper triangle by torch's products, a strip of columns at a time."""
+    h, width = h.to(gram.dtype), h.shape[1]
     for low in range(0, width, _BLOCK):
         high = min(low + _BLOCK, width)
         gram[:high, low:high].addmm_(h[:, :high].T, h[:, low:high])

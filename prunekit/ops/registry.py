@@ -8,6 +8,7 @@ code runs, unless ``PRUNEKIT_BACKEND`` (or ``force_backend``) names a backend.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,16 +65,13 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
     """Define ``prunekit::NAME`` from its schema, with the reference for all devices."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, unless_forced(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"prunekit::{name}", fake, lib=LIBRARY)
     operation = OPERATIONS[name] = Operation(name, reference, {"reference": reference})
     return operation
 
 
-def call(name: str, *args: Any) -> Any:
-    """Run an operation: through the dispatcher, or on the forced backend alone."""
-    if _forced is None:
-        return getattr(torch.ops.prunekit, name).default(*args)
+def _forced_kernel(name: str) -> Callable[..., Any]:
     operation = OPERATIONS[name]
     kernel = operation.backends.get(_forced)
     if kernel is None:
@@ -82,7 +80,24 @@ def call(name: str, *args: Any) -> Any:
             f"{name}: backend {_forced} cannot serve it: {why}; "
             f"have {', '.join(operation.backends)}"
         )
-    return kernel(*args)
+    return kernel
+
+
+def unless_forced(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what the dispatcher calls for an operation, so that a forced backend serves instead."""
+
+    @functools.wraps(kernel)
+    def serve(*args: Any) -> Any:
+        return (kernel if _forced is None else _forced_kernel(name))(*args)
+
+    return serve
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run an operation: through the dispatcher, or on the forced backend alone."""
+    if _forced is None:
+        return getattr(torch.ops.prunekit, name).default(*args)
+    return _forced_kernel(name)(*args)
 
 
 _forced = _check_backend(os.environ.get("PRUNEKIT_BACKEND"))

@@ -49,3 +49,23 @@ def test_every_operation_has_a_reference_and_a_schema():
         assert str(getattr(torch.ops.prunekit, name).default._schema).startswith(
             f"prunekit::{name}("
         )
+
+
+def test_a_forced_backend_is_not_lost_where_a_gradient_is_taken(monkeypatch):
+    """The call still passes the dispatcher, which is what records it for autograd."""
+    gate, down = torch.randn(4, 3), torch.randn(3, 4)
+    x = torch.randn(2, 3, requires_grad=True)
+    served = []
+
+    def kernel(*args):
+        served.append("here")
+        return ops.gated_mlp_ref(*args)
+
+    monkeypatch.setitem(OPERATIONS["gated_mlp"].backends, "triton", kernel)
+    monkeypatch.setitem(
+        OPERATIONS["gated_mlp_backward"].backends, "triton", ops.gated_mlp_backward_ref
+    )
+    with ops.force_backend("triton"):
+        ops.gated_mlp(x, gate, None, down).sum().backward()
+    assert served == ["here"]
+    assert x.grad is not None
