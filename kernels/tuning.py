@@ -27,6 +27,7 @@ def table() -> dict[str, Config]:
     return json.loads(TABLE.read_text())
 
 
+@cache
 def key(kernel: str, arch: str, dtype: torch.dtype, tokens: int, *shape: int) -> str:
     """Return the table's key, as in ``dual_product sm_90 bfloat16 512x1536x8960``."""
     rounded = 1 << max(tokens - 1, 0).bit_length()
