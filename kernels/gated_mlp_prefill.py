@@ -117,9 +117,10 @@ def _dual_tile(
     places = _tile_start(h, row_tile, width, BLOCK_M) + (local[:, None] * width + columns[None, :])
     tl.store(places, rounded, mask=(rows < tokens)[:, None] & inside[None, :])
     if partials is not None:
+        tl.debug_barrier()
         store_segment_stats(
-            rounded.to(tl.float32), gate_sum > 0.0, rows, columns, row_tile, width,
-            bounds, of_tile, partials, segment_count,
+            h, gate_sum > 0.0, row_tile, column_tile, width, bounds, of_tile, partials,
+            segment_count, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def _tile(rows: int, columns: int, depth: int, warps: int, stages: int, **more) 
     }
 
 
-def _default_dual(arch: str, dtype: torch.dtype, tokens: int) -> Config:
+def _default_dual(arch: str, dtype: torch.dtype, tokens: int, *, stats: bool) -> Config:
     if arch == INTERPRETER:
         return _tile(32, 32, 32, 4, 1)
     if dtype == torch.float32:
@@ -229,6 +230,9 @@ def _default_dual(arch: str, dtype: torch.dtype, tokens: int) -> Config:
     rows = 64 if tokens <= 64 else 128
     if arch.startswith("gfx"):
         return _tile(rows, 64, 64, 4, 2)
+    if stats and arch == "sm_80":
+        # Statistics beside BLOCK_K 64 take 192 registers: one block a multiprocessor, not two.
+        return _tile(rows, 64, 32, rows // 16, 4)
     return _tile(rows, 64, 64, rows // 16, 3)
 
 
@@ -261,9 +265,10 @@ def _describable(*tensors: Optional) -> bool:
 def _dual_product(x, gate, up, gate_bias, up_bias, spans, act):
     """Return h and, where spans are given, prompt_abs and token_stats."""
     (tokens, hidden), width = x.shape, gate.shape[0]
-    arch = architecture(x.device)
-    default = _default_dual(arch, x.dtype, tokens)
-    config = dict(choose("dual_product", arch, x.dtype, tokens, hidden, width, default=default))
+    stats, arch = spans is not None, architecture(x.device)
+    default = _default_dual(arch, x.dtype, tokens, stats=stats)
+    name = "dual_product_stats" if stats else "dual_product"
+    config = dict(choose(name, arch, x.dtype, tokens, hidden, width, default=default))
     per_multiprocessor = config.pop("PERSISTENT", 0)
     described = config.pop("DESCRIPTOR", False) and _describable(x, gate, up)
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
@@ -279,7 +284,7 @@ def _dual_product(x, gate, up, gate_bias, up_bias, spans, act):
 
     h = x.new_empty((tokens, width))
     where = partials = None
-    if spans is not None:
+    if stats:
         where = segments(spans, tokens, block_m, x.device)
         partials = x.new_empty((5, len(where.bounds), width), dtype=torch.float32)
     launch(

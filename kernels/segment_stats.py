@@ -60,32 +60,46 @@ def _larger(a, b):
 
 @triton.jit
 def store_segment_stats(
-    h,  # [BLOCK_M, BLOCK_N], fp32, as rounded
+    h,  # [T, F], of which this program has just stored a tile, and all its threads have arrived
     active,  # [BLOCK_M, BLOCK_N], whether the gate is open
-    rows,  # [BLOCK_M]
-    columns,  # [BLOCK_N]
     row_tile,
+    column_tile,
     width,
     bounds,
     of_tile,
     partials,  # [5, S, F]: sum of abs h, of h, of h², maximum of abs h, open gates
     segment_count,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Leave the sums of each segment of this row of tiles in the workspace."""
+    """Leave the sums of each segment of this row of tiles in the workspace.
+
+    h is read back (from the L2 cache): as loaded, a thread has neighbouring columns and a column
+    few threads, while accumulators are spread so that sums take four times as many shuffles. The
+    open gates, which memory does not have, are counted for two columns at once.
+    """
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
+    local = tl.arange(0, BLOCK_M)
+    tile = h + tl.cast(row_tile, tl.int64) * BLOCK_M * width
+    places = tile + (local[:, None] * width + columns[None, :])
+    even, odd = tl.split(tl.reshape(active, [BLOCK_M, BLOCK_N // 2, 2]))
+    pairs = even.to(tl.int32) + (odd.to(tl.int32) << 16)
+
     plane = tl.cast(segment_count, tl.int64) * width
     for segment in range(tl.load(of_tile + row_tile), tl.load(of_tile + row_tile + 1)):
-        low = tl.load(bounds + 2 * segment)
-        high = tl.load(bounds + 2 * segment + 1)
-        counted = ((rows >= low) & (rows < high))[:, None]
+        low = tl.load(bounds + 2 * segment) - row_tile * BLOCK_M
+        high = tl.load(bounds + 2 * segment + 1) - row_tile * BLOCK_M
+        counted = ((local >= low) & (local < high))[:, None]
+        value = tl.load(places, mask=counted & inside[None, :], other=0.0).to(tl.float32)
+        count = tl.sum(tl.where(counted, pairs, 0), 0)
+        counts = tl.reshape(tl.join(count & 0xFFFF, count >> 16), [BLOCK_N])
         out = partials + tl.cast(segment, tl.int64) * width + columns
-        value = tl.where(counted, h, 0.0)
         tl.store(out, tl.sum(tl.abs(value), 0), mask=inside)
         tl.store(out + plane, tl.sum(value, 0), mask=inside)
         tl.store(out + 2 * plane, tl.sum(value * value, 0), mask=inside)
         tl.store(out + 3 * plane, tl.reduce(tl.abs(value), 0, _larger), mask=inside)
-        open_gates = tl.sum((counted & active).to(tl.float32), 0)
-        tl.store(out + 4 * plane, open_gates, mask=inside)
+        tl.store(out + 4 * plane, counts.to(tl.float32), mask=inside)
 
 
 # One program for each row of the two results and some columns of it.
