@@ -13,73 +13,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from prunekit_kernels.activations import activate
 from prunekit_kernels.launch import INTERPRETER, architecture, launch, multiprocessors
 from prunekit_kernels.segment_stats import reduce_segments, segments, store_segment_stats
-from prunekit_kernels.tiles import grouped_tile
+from prunekit_kernels.tiles import (
+    described_tile_products,
+    grouped_tile,
+    tile_products,
+    tile_start,
+)
 from prunekit_kernels.tuning import Config, choose
 
 Optional = torch.Tensor | None
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@triton.jit
-def _clamped_rows(tile, rows, BLOCK: tl.constexpr):
-    """Rows of a tile, counted from its first; those behind the matrix repeat its last row."""
-    return tl.minimum(tl.arange(0, BLOCK), rows - 1 - tile * BLOCK)
-
-
-@triton.jit
-def _tile_start(base, tile, stride, BLOCK: tl.constexpr):
-    return base + tl.cast(tile, tl.int64) * BLOCK * stride
-
-
-@triton.jit
-def _dual_sums(
-    x, gate, up, row_tile, column_tile, tokens, width, hidden, x_stride, gate_stride, up_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """Return the tile's products with gate and with up, through pointers."""
-    # A scalar base in 64 bits and 32 bits within the tile: half the registers of 64-bit pointers.
-    depth = tl.arange(0, BLOCK_K)[None, :]
-    x_rows = _clamped_rows(row_tile, tokens, BLOCK_M)[:, None]
-    w_rows = _clamped_rows(column_tile, width, BLOCK_N)[:, None]
-    x_places = x_rows * x_stride + depth
-    gate_places = w_rows * gate_stride + depth
-    x = _tile_start(x, row_tile, x_stride, BLOCK_M)
-    gate = _tile_start(gate, column_tile, gate_stride, BLOCK_N)
-    if up is not None:
-        up_places = w_rows * up_stride + depth
-        up = _tile_start(up, column_tile, up_stride, BLOCK_N)
-
-    gate_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, hidden, BLOCK_K):
-        inside = None if EVEN_K else depth < hidden - k
-        other = None if EVEN_K else 0.0
-        a = tl.load(x + k + x_places, mask=inside, other=other)
-        g = tl.load(gate + k + gate_places, mask=inside, other=other)
-        gate_sum = tl.dot(a, g.T, gate_sum, input_precision="ieee")
-        if up is not None:
-            u = tl.load(up + k + up_places, mask=inside, other=other)
-            up_sum = tl.dot(a, u.T, up_sum, input_precision="ieee")
-    return gate_sum, up_sum
-
-
-@triton.jit
-def _described_dual_sums(
-    x, gate, up, row_tile, column_tile, hidden,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Return the same through tensor descriptors, which read zeros behind every edge."""
-    gate_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, hidden, BLOCK_K):
-        a = x.load([row_tile * BLOCK_M, k])
-        g = gate.load([column_tile * BLOCK_N, k])
-        gate_sum = tl.dot(a, g.T, gate_sum, input_precision="ieee")
-        if up is not None:
-            u = up.load([column_tile * BLOCK_N, k])
-            up_sum = tl.dot(a, u.T, up_sum, input_precision="ieee")
-    return gate_sum, up_sum
 
 
 @triton.jit
@@ -92,11 +36,11 @@ def _dual_tile(
     row_tiles = tl.cdiv(tokens, BLOCK_M)
     row_tile, column_tile = grouped_tile(tile, row_tiles, tl.cdiv(width, BLOCK_N), GROUP_M)
     if DESCRIPTOR:
-        gate_sum, up_sum = _described_dual_sums(
+        gate_sum, up_sum = described_tile_products(
             x, gate, up, row_tile, column_tile, hidden, BLOCK_M, BLOCK_N, BLOCK_K
         )
     else:
-        gate_sum, up_sum = _dual_sums(
+        gate_sum, up_sum = tile_products(
             x, gate, up, row_tile, column_tile, tokens, width, hidden,
             x_stride, gate_stride, up_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
@@ -114,7 +58,7 @@ def _dual_tile(
 
     local = tl.arange(0, BLOCK_M)
     rows = row_tile * BLOCK_M + local
-    places = _tile_start(h, row_tile, width, BLOCK_M) + (local[:, None] * width + columns[None, :])
+    places = tile_start(h, row_tile, width, BLOCK_M) + (local[:, None] * width + columns[None, :])
     tl.store(places, rounded, mask=(rows < tokens)[:, None] & inside[None, :])
     if partials is not None:
         tl.debug_barrier()
@@ -153,7 +97,9 @@ def _dual_product_kernel(
 ):
     if PERSISTENT:
         tiles = tl.cdiv(tokens, BLOCK_M) * tl.cdiv(width, BLOCK_N)
-        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # Flat, the next tile's loads overlap this one's epilogue; but through pointers, loads of a
+        # flat loop are 2 bytes wide.
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTOR):
             _dual_tile(
                 tile, x, gate, up, gate_bias, up_bias, h, bounds, of_tile, partials, segment_count,
                 tokens, width, hidden, x_stride, gate_stride, up_stride,
@@ -186,26 +132,17 @@ def _down_product_kernel(
     row_tile, column_tile = grouped_tile(
         tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP_M
     )
-    depth = tl.arange(0, BLOCK_K)[None, :]
-    h_places = _clamped_rows(row_tile, tokens, BLOCK_M)[:, None] * width + depth
-    down_places = _clamped_rows(column_tile, hidden, BLOCK_N)[:, None] * down_stride + depth
-    h = _tile_start(h, row_tile, width, BLOCK_M)
-    down = _tile_start(down, column_tile, down_stride, BLOCK_N)
-
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, width, BLOCK_K):
-        inside = None if EVEN_K else depth < width - k
-        other = None if EVEN_K else 0.0
-        a = tl.load(h + k + h_places, mask=inside, other=other)
-        w = tl.load(down + k + down_places, mask=inside, other=other)
-        total = tl.dot(a, w.T, total, input_precision="ieee")
+    total, _ = tile_products(
+        h, down, None, row_tile, column_tile, tokens, hidden, width,
+        width, down_stride, 0, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+    )  # fmt: skip
 
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < hidden
     if bias is not None:
         total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     local = tl.arange(0, BLOCK_M)
-    places = _tile_start(y, row_tile, hidden, BLOCK_M) + (local[:, None] * hidden + columns)
+    places = tile_start(y, row_tile, hidden, BLOCK_M) + (local[:, None] * hidden + columns)
     written = (row_tile * BLOCK_M + local < tokens)[:, None] & inside[None, :]
     tl.store(places, total.to(y.dtype.element_ty), mask=written)
 
@@ -249,13 +186,45 @@ def _default_down(arch: str, dtype: torch.dtype, tokens: int, hidden: int) -> Co
     return _tile(64 if tokens <= 64 else 128, 64, 64, 4, stages)
 
 
+# What is worth measuring on a GPU. Those of two stages fit an AMD compute unit's 64 KB of LDS;
+# those that some architecture cannot run are for the others.
+CANDIDATES: dict[str, list[Config]] = {
+    "dual_product": [
+        _tile(128, 64, 64, 8, 3),
+        _tile(128, 64, 32, 8, 4),
+        _tile(64, 64, 64, 4, 4),
+        _tile(128, 128, 64, 8, 3),
+        _tile(128, 64, 64, 8, 3, PERSISTENT=2),
+        _tile(128, 64, 64, 8, 3, DESCRIPTOR=True),
+        _tile(128, 64, 64, 8, 3, DESCRIPTOR=True, PERSISTENT=2),
+        _tile(128, 128, 64, 8, 3, DESCRIPTOR=True, PERSISTENT=1),
+        _tile(128, 64, 64, 4, 2),
+        _tile(128, 128, 32, 8, 2),
+    ],
+    "down_product": [
+        _tile(128, 128, 64, 8, 3),
+        _tile(128, 128, 32, 8, 4),
+        _tile(128, 256, 64, 8, 3),
+        _tile(128, 64, 64, 4, 3),
+        _tile(128, 64, 64, 4, 4),
+        _tile(64, 128, 64, 4, 4),
+        _tile(64, 64, 64, 4, 4),
+        _tile(128, 128, 64, 8, 2),
+        _tile(128, 64, 64, 4, 2),
+        _tile(64, 64, 64, 4, 2),
+    ],
+}
+CANDIDATES["dual_product_stats"] = CANDIDATES["dual_product"]
+
+
 def _described(tensor: Optional, rows: int, columns: int) -> TensorDescriptor | None:
     return None if tensor is None else TensorDescriptor.from_tensor(tensor, [rows, columns])
 
 
-def _describable(*tensors: Optional) -> bool:
+def _describable(arch: str, *tensors: Optional) -> bool:
     """Whether hardware copies take these matrices: bases and rows on multiples of 16 bytes."""
-    return all(
+    capable = arch == INTERPRETER or (arch.startswith("sm_") and int(arch[3:]) >= 90)
+    return capable and all(
         t is None
         or (t.numel() and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0)
         for t in tensors
@@ -270,7 +239,7 @@ def _dual_product(x, gate, up, gate_bias, up_bias, spans, act):
     name = "dual_product_stats" if stats else "dual_product"
     config = dict(choose(name, arch, x.dtype, tokens, hidden, width, default=default))
     per_multiprocessor = config.pop("PERSISTENT", 0)
-    described = config.pop("DESCRIPTOR", False) and _describable(x, gate, up)
+    described = config.pop("DESCRIPTOR", False) and _describable(arch, x, gate, up)
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
 
     tiles = triton.cdiv(tokens, block_m) * triton.cdiv(width, block_n)
@@ -339,14 +308,20 @@ def _down_product(h, down, bias):
     return y
 
 
-def _check(x, *weights: Optional) -> None:
-    for name, t in zip(("x", "gate", "up", "down"), (x, *weights), strict=True):
-        if t is not None and (t.dtype not in _DTYPES or t.dtype != x.dtype or t.stride(-1) != 1):
+def _check(x: torch.Tensor, gate: torch.Tensor, up: Optional, down: torch.Tensor) -> None:
+    for name, t in {"x": x, "gate": gate, "up": up, "down": down}.items():
+        if t is None:
+            continue
+        if t.dtype not in _DTYPES or t.dtype != x.dtype:
             raise ValueError(
                 f"gated_mlp: the Triton kernels take x, gate, up and down all in bfloat16, float16 "
-                f"or float32, unit stride along rows; got {name} in {t.dtype}, strides "
-                f"{t.stride()}, and x in {x.dtype}; convert, call .contiguous(), or use "
+                f"or float32, got x in {x.dtype} and {name} in {t.dtype}; convert them, or use "
                 f"PRUNEKIT_BACKEND=reference"
+            )
+        if t.stride(-1) != 1 or (t.shape[0] > 1 and t.stride(0) >= 2**23):
+            raise ValueError(
+                f"gated_mlp: {name}'s rows must have unit stride and lie less than 2**23 elements "
+                f"apart, got strides {t.stride()}; call .contiguous()"
             )
 
 

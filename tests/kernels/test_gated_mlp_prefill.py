@@ -227,7 +227,9 @@ def test_unsupported_inputs():
     with pytest.raises(ValueError, match=r"got x in torch\.float64"):
         gated_mlp_prefill(*mlp, SILU)
     x, gate, up, down, *biases = random_mlp(3, 4, 5, torch.float32)
-    with pytest.raises(ValueError, match=r"got down in .* strides \(1, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"down's rows must have unit stride .* got strides \(1, 4\)"
+    ):
         gated_mlp_prefill(x, gate, up, down.t().contiguous().t(), *biases, SILU)
 
 
