@@ -32,3 +32,26 @@ def activate(x, CODE: tl.constexpr):
         positive = tl.where(x < 0.0, 0.0, x)
         y = positive * positive
     return y
+
+
+@triton.jit
+def activate_grad(x, CODE: tl.constexpr):
+    """Return the derivative of `activate` for an fp32 tensor, at 0 as torch; NaN stays NaN."""
+    if CODE == SILU:
+        s = 1.0 / (1.0 + tl.exp(-x))
+        slope = s * (1.0 + x * (1.0 - s))
+    elif CODE == GELU:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif CODE == GELU_TANH:
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        s = 1.0 / (1.0 + tl.exp(-2.0 * u))
+        # s·(1 - s) is 0 long before x² reaches the bound, which keeps 0·inf out.
+        square = tl.minimum(x * x, 1e4)
+        slope = s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * square)
+    elif CODE == RELU:
+        slope = tl.where(x > 0.0, 1.0, tl.where(x <= 0.0, 0.0, x))
+    else:
+        tl.static_assert(CODE == RELU2, "unknown activation code")
+        slope = 2.0 * tl.where(x < 0.0, 0.0, x)
+    return slope
