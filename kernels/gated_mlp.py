@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prunekit_kernels.gated_mlp_decode import MAX_TOKENS, gated_mlp_decode
+from prunekit_kernels.gated_mlp_decode import MOST_TOKENS, gated_mlp_decode
 from prunekit_kernels.gated_mlp_prefill import gated_mlp_prefill
 from prunekit_kernels.launch import architecture
 from prunekit_kernels.tuning import Config, choose
@@ -25,10 +25,10 @@ def path(x: torch.Tensor, gate: torch.Tensor) -> str:
         x: [T, D]. gate: [F, D].
     """
     tokens, hidden = x.shape
-    default = {"PATH": "decode" if tokens <= MAX_TOKENS else "prefill"}
+    default = {"PATH": "decode" if tokens <= MOST_TOKENS else "prefill"}
     arch = architecture(x.device)
     chosen = choose("gated_mlp", arch, x.dtype, tokens, hidden, gate.shape[0], default=default)
-    if chosen["PATH"] == "decode" and tokens > MAX_TOKENS:
+    if chosen["PATH"] == "decode" and tokens > MOST_TOKENS:
         return "prefill"
     return str(chosen["PATH"])
 
