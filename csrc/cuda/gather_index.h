@@ -1,0 +1,471 @@
+// The gather kernels' whole bodies, as functions that also compile as plain C++: gather.cu wraps
+// them in __global__ functions, and a test runs them on the CPU over every block and thread.
+//
+// A body is a sequence of phases. team.phase(f) calls f(thread) for every thread of the block and
+// then waits for all of them; what a thread keeps from one phase to the next lies in Private
+// variables. What stands between phases is computed from the same values by every thread.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define PRUNEKIT_BODY __host__ __device__ __forceinline__
+#define PRUNEKIT_UNROLL _Pragma("unroll")
+#else
+#define PRUNEKIT_BODY inline
+#define PRUNEKIT_UNROLL
+#endif
+
+// The test defines these before it includes this file, and sees every access to a matrix.
+#if !defined(PRUNEKIT_READS)
+#define PRUNEKIT_READS(address, bytes)
+#define PRUNEKIT_WRITES(address, bytes)
+#endif
+
+namespace prunekit::gather {
+
+constexpr int THREADS = 128;           // a block of every kernel but rows in place
+constexpr int STRIP_THREADS = 512;     // a block of rows in place
+constexpr int VECTOR = 16;             // bytes of the widest load and store
+constexpr int COPIES = 4;              // vectors that a thread has in flight
+constexpr int STRIP_BYTES = 64;        // of each row, what one block of rows in place owns
+constexpr int DEPTH = 8;               // vectors that a thread of it has in flight
+constexpr int GROUP = 2;               // rows that a block of columns takes at a time
+constexpr int ROWS_A_BLOCK = 16;       // of columns: an index entry is read once for all of them
+constexpr int ROWS_IN_PLACE = 8;       // fewer, because such a block does all columns of its rows
+constexpr int WINDOW_BYTES = 12 << 10; // of a row, what a block of columns can keep at a time
+
+// What the caller has.
+struct Matrix {
+  void* data;
+  int64_t rows, columns, row_stride;  // in elements
+};
+
+struct Index {
+  const void* entries;
+  int64_t count;
+  bool wide;  // int64, else int32
+
+  PRUNEKIT_BODY int64_t at(int64_t k) const {
+    if (wide) {
+      const int64_t* entry = static_cast<const int64_t*>(entries) + k;
+      PRUNEKIT_READS(entry, 8);
+      return *entry;
+    }
+    const int32_t* entry = static_cast<const int32_t*>(entries) + k;
+    PRUNEKIT_READS(entry, 4);
+    return *entry;
+  }
+};
+
+template <int BYTES>
+struct Word;
+template <> struct Word<1> { uint8_t bits; };
+template <> struct Word<2> { uint16_t bits; };
+template <> struct Word<4> { uint32_t bits; };
+template <> struct Word<8> { uint64_t bits; };
+template <> struct alignas(VECTOR) Word<VECTOR> { uint32_t bits[4]; };
+
+template <typename W>
+PRUNEKIT_BODY W load(const char* address) {
+  PRUNEKIT_READS(address, static_cast<int>(sizeof(W)));
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const W*>(address);
+#else
+  W word;
+  std::memcpy(&word, address, sizeof(W));
+  return word;
+#endif
+}
+
+template <typename W>
+PRUNEKIT_BODY void store(char* address, const W& word) {
+  PRUNEKIT_WRITES(address, static_cast<int>(sizeof(W)));
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<W*>(address) = word;
+#else
+  std::memcpy(address, &word, sizeof(W));
+#endif
+}
+
+// Puts a vector into shared memory, which no other program sees.
+template <typename T>
+PRUNEKIT_BODY void keep(T* address, const Word<VECTOR>& word) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<Word<VECTOR>*>(address) = word;
+#else
+  std::memcpy(address, &word, VECTOR);
+#endif
+}
+
+PRUNEKIT_BODY int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PRUNEKIT_BODY int64_t blocks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
+
+// Element number `at` of a vector, and a vector from its elements, kept in registers by shifts.
+template <typename T>
+PRUNEKIT_BODY T element(const Word<VECTOR>& vector, int at) {
+  if constexpr (sizeof(T) == 8) {
+    return vector.bits[2 * at] | static_cast<uint64_t>(vector.bits[2 * at + 1]) << 32;
+  } else {
+    constexpr int EACH = 4 / sizeof(T);
+    return static_cast<T>(vector.bits[at / EACH] >> at % EACH * 8 * static_cast<int>(sizeof(T)));
+  }
+}
+
+template <typename T>
+PRUNEKIT_BODY void put(Word<VECTOR>& vector, int at, T value) {
+  if constexpr (sizeof(T) == 8) {
+    vector.bits[2 * at] = static_cast<uint32_t>(value);
+    vector.bits[2 * at + 1] = static_cast<uint32_t>(value >> 32);
+  } else {
+    constexpr int EACH = 4 / sizeof(T);
+    const uint32_t bits = static_cast<uint32_t>(value)
+                          << at % EACH * 8 * static_cast<int>(sizeof(T));
+    vector.bits[at / EACH] = at % EACH ? vector.bits[at / EACH] | bits : bits;
+  }
+}
+
+// ---- Rows: a row is a run of words, whatever its elements mean. ---------------------------------
+
+struct RowJob {
+  const char* from;
+  char* to;
+  int64_t from_stride, to_stride;  // bytes
+  Index index;
+  int word;           // bytes of one load, dividing every address, stride and width
+  int64_t words;      // of a row
+  int lane_bits;      // 2^lane_bits threads share a row
+  int64_t across;     // blocks beside each other along a row
+  int64_t blocks;
+};
+
+// The widest word that divides all of these, at most `most` bytes.
+inline int widest_word(uint64_t of_all, int most) {
+  int word = most;
+  while (of_all % word != 0) word /= 2;
+  return word;
+}
+
+inline RowJob plan_rows(
+    const Matrix& to, const Matrix& from, const Index& index, int element_size) {
+  RowJob job{static_cast<const char*>(from.data), static_cast<char*>(to.data),
+             from.row_stride * element_size, to.row_stride * element_size, index, 1, 0, 0, 0, 0};
+  const int64_t bytes = from.columns * element_size;
+  if (bytes == 0 || index.count == 0) return job;
+  const uint64_t of_all = reinterpret_cast<uint64_t>(job.from) | reinterpret_cast<uint64_t>(job.to) |
+                          job.from_stride | job.to_stride | bytes;
+  job.word = widest_word(of_all, VECTOR);
+  job.words = bytes / job.word;
+  while (1 << job.lane_bits < THREADS && int64_t{COPIES} << job.lane_bits < job.words)
+    ++job.lane_bits;
+  job.across = blocks_of(job.words, int64_t{COPIES} << job.lane_bits);
+  job.blocks = job.across * blocks_of(index.count, THREADS >> job.lane_bits);
+  return job;
+}
+
+// A thread copies COPIES words of one row: all are on their way before the first is stored.
+template <int WORD, typename Team>
+PRUNEKIT_BODY void rows_block(Team& team, const RowJob& job, uint32_t block) {
+  const uint32_t across = static_cast<uint32_t>(job.across);
+  const int64_t first_row = static_cast<int64_t>(block / across) * (THREADS >> job.lane_bits);
+  const int64_t first_word = static_cast<int64_t>(block % across) * COPIES << job.lane_bits;
+  team.phase([&](int thread) {
+    const int lane = thread & ((1 << job.lane_bits) - 1);
+    const int64_t row = first_row + (thread >> job.lane_bits);
+    if (row >= job.index.count) return;
+    const char* from = job.from + job.index.at(row) * job.from_stride;
+    char* to = job.to + row * job.to_stride;
+    Word<WORD> held[COPIES];
+    PRUNEKIT_UNROLL
+    for (int i = 0; i < COPIES; ++i) {
+      const int64_t at = first_word + lane + (int64_t{i} << job.lane_bits);
+      if (at < job.words) held[i] = load<Word<WORD>>(from + at * WORD);
+    }
+    PRUNEKIT_UNROLL
+    for (int i = 0; i < COPIES; ++i) {
+      const int64_t at = first_word + lane + (int64_t{i} << job.lane_bits);
+      if (at < job.words) store(to + at * WORD, held[i]);
+    }
+  });
+}
+
+// ---- Rows in place. A block owns a strip of STRIP_BYTES of every row; no other block reads or
+// writes there, so blocks may run in any order. Within its strip it takes the positions of the
+// index in batches of B, ascending: all rows of a batch are read, then all are written.
+//
+// Nothing is read after it was overwritten: the index ascends strictly from index[0] >= 0, hence
+// index[k] >= k. Batch b writes rows below (b + 1)·B. Any later batch reads rows index[k] with
+// k >= (b + 1)·B, hence at or beyond (b + 1)·B. Within a batch the phases separate reads from
+// writes. ------------------------------------------------------------------------------------
+
+inline RowJob plan_rows_in_place(const Matrix& matrix, const Index& index, int element_size) {
+  RowJob job = plan_rows(matrix, matrix, index, element_size);
+  if (job.blocks != 0) job.blocks = blocks_of(job.words * job.word, STRIP_BYTES);
+  return job;
+}
+
+template <int WORD, typename Team>
+PRUNEKIT_BODY void rows_in_place_block(Team& team, const RowJob& job, uint32_t block) {
+  constexpr int LANES = STRIP_BYTES / WORD;
+  constexpr int ROWS = STRIP_THREADS / LANES;
+  typename Team::template Private<Word<WORD>[DEPTH]> held;
+  for (int64_t batch = 0; batch < job.index.count; batch += ROWS * DEPTH) {
+    team.phase([&](int thread) {
+      const int64_t at = static_cast<int64_t>(block) * LANES + thread % LANES;
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < DEPTH; ++i) {
+        const int64_t row = batch + i * ROWS + thread / LANES;
+        if (at < job.words && row < job.index.count)
+          held[thread][i] =
+              load<Word<WORD>>(job.from + job.index.at(row) * job.from_stride + at * WORD);
+      }
+    });
+    team.phase([&](int thread) {
+      const int64_t at = static_cast<int64_t>(block) * LANES + thread % LANES;
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < DEPTH; ++i) {
+        const int64_t row = batch + i * ROWS + thread / LANES;
+        if (at < job.words && row < job.index.count)
+          store(job.to + row * job.to_stride + at * WORD, held[thread][i]);
+      }
+    });
+  }
+}
+
+// ---- Columns. A block makes a tile of the output, THREADS vectors wide. From half of the columns
+// on, the picked ones touch nearly every 32-byte sector, so the block reads the window from the
+// tile's lowest column to its highest whole, in vectors, into shared memory, and picks there. Of an
+// ascending index the windows of a row's tiles do not overlap: b·R·(C + K) bytes move. A window
+// that does not fit (fewer than about one column in six is kept, or the order is arbitrary) is not
+// read: its columns are picked from global memory.
+//
+// In place, a block does all tiles of its rows, ascending, and no other block touches those rows.
+// A tile's columns are all read before its first is written (the phases), and as above, with
+// columns for rows, a later tile picks only columns at or beyond what was written. The vectors that
+// bring its window may begin up to a vector earlier: those elements are read and never picked. ----
+
+template <typename T>
+struct ColumnShared {
+  static constexpr int WINDOW = WINDOW_BYTES / sizeof(T);
+  alignas(VECTOR) T window[GROUP][WINDOW];
+  int32_t low[THREADS], high[THREADS];
+};
+
+struct ColumnJob {
+  const char* from;
+  char* to;
+  int64_t from_stride, to_stride;  // bytes
+  Index index;
+  int64_t rows, columns;
+  bool vector_in, vector_out;  // addresses and strides are multiples of a vector
+  int64_t rows_a_block;
+  int64_t tiles;   // of the output, along a row
+  int64_t across;  // blocks beside each other along a row: one for each tile, or one for all
+  int64_t blocks;
+};
+
+template <int ELEMENT>
+constexpr int elements_of_vector = VECTOR / ELEMENT;
+
+inline ColumnJob plan_columns(
+    const Matrix& to, const Matrix& from, const Index& index, int element_size, bool in_place) {
+  ColumnJob job{static_cast<const char*>(from.data), static_cast<char*>(to.data),
+                from.row_stride * element_size, to.row_stride * element_size, index,
+                from.rows, from.columns, false, false, 0, 0, 0, 0};
+  if (index.count == 0 || from.rows == 0) return job;
+  job.vector_in = (reinterpret_cast<uint64_t>(job.from) | job.from_stride) % VECTOR == 0;
+  job.vector_out = (reinterpret_cast<uint64_t>(job.to) | job.to_stride) % VECTOR == 0;
+  job.rows_a_block = in_place ? ROWS_IN_PLACE : ROWS_A_BLOCK;
+  job.tiles = blocks_of(index.count, THREADS * (VECTOR / element_size));
+  job.across = in_place ? 1 : job.tiles;
+  job.blocks = job.across * blocks_of(from.rows, job.rows_a_block);
+  return job;
+}
+
+// Where a thread's element `at` of a tile goes: neighbours of one vector, or, where vectors cannot
+// be stored, neighbours of the next thread's.
+template <typename T>
+PRUNEKIT_BODY int64_t position_of(const ColumnJob& job, int64_t tile, int thread, int at) {
+  constexpr int N = elements_of_vector<sizeof(T)>;
+  return tile * THREADS * N + (job.vector_out ? thread * N + at : at * THREADS + thread);
+}
+
+// The columns that a tile's window holds: [start, end), start being a vector's first column.
+struct Window {
+  int32_t start, end;
+  bool kept;  // in shared memory
+};
+
+template <typename T>
+PRUNEKIT_BODY void read_window(
+    const ColumnJob& job, const Window& window, int64_t row, int rows, int thread,
+    ColumnShared<T>& shared) {
+  constexpr int N = elements_of_vector<sizeof(T)>;
+  const char* from = job.from + row * job.from_stride + window.start * int64_t{sizeof(T)};
+  int whole = 0;  // vectors that lie within the row
+  if (job.vector_in)
+    whole = static_cast<int>(smaller(blocks_of(window.end - window.start, N),
+                                     (job.columns - window.start) / N));
+  for (int vector = thread; vector < whole; vector += 2 * THREADS) {
+    Word<VECTOR> held[2][GROUP];
+    PRUNEKIT_UNROLL
+    for (int i = 0; i < 2 * GROUP; ++i) {
+      const int at = vector + i / GROUP * THREADS;
+      if (at < whole && i % GROUP < rows)
+        held[i / GROUP][i % GROUP] =
+            load<Word<VECTOR>>(from + i % GROUP * job.from_stride + int64_t{at} * VECTOR);
+    }
+    PRUNEKIT_UNROLL
+    for (int i = 0; i < 2 * GROUP; ++i) {
+      const int at = vector + i / GROUP * THREADS;
+      if (at < whole && i % GROUP < rows)
+        keep(&shared.window[i % GROUP][at * N], held[i / GROUP][i % GROUP]);
+    }
+  }
+  for (int at = whole * N + thread; at < window.end - window.start; at += THREADS) {
+    PRUNEKIT_UNROLL
+    for (int i = 0; i < GROUP; ++i)
+      if (i < rows)
+        shared.window[i][at] =
+            load<Word<sizeof(T)>>(from + i * job.from_stride + at * int64_t{sizeof(T)}).bits;
+  }
+}
+
+template <typename T, typename Team>
+PRUNEKIT_BODY void columns_block(
+    Team& team, const ColumnJob& job, uint32_t block, ColumnShared<T>& shared) {
+  constexpr int N = elements_of_vector<sizeof(T)>;
+  constexpr int FOLD = 8;
+  const uint32_t across = static_cast<uint32_t>(job.across);
+  const int64_t first_row = static_cast<int64_t>(block / across) * job.rows_a_block;
+  const int64_t last_row = smaller(first_row + job.rows_a_block, job.rows);
+  const int64_t tiles = job.tiles / across;  // of this block: one, or all
+  typename Team::template Private<int32_t[N]> column;
+  typename Team::template Private<Word<VECTOR>[GROUP]> held;
+
+  for (int64_t tile = block % across, last = tile + tiles; tile < last; ++tile) {
+    team.phase([&](int thread) {
+      int32_t low = INT32_MAX, high = -1;
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < N; ++i) {
+        // Beyond the end the last column is picked again, and not stored.
+        const int64_t k = smaller(position_of<T>(job, tile, thread, i), job.index.count - 1);
+        const int32_t at = static_cast<int32_t>(job.index.at(k));
+        column[thread][i] = at;
+        low = at < low ? at : low;
+        high = at > high ? at : high;
+      }
+      shared.low[thread] = low;
+      shared.high[thread] = high;
+    });
+    team.phase([&](int thread) {
+      if (thread >= THREADS / FOLD) return;
+      for (int i = thread * FOLD + 1; i < (thread + 1) * FOLD; ++i) {
+        int32_t &low = shared.low[thread * FOLD], &high = shared.high[thread * FOLD];
+        low = shared.low[i] < low ? shared.low[i] : low;
+        high = shared.high[i] > high ? shared.high[i] : high;
+      }
+    });
+    int32_t low = INT32_MAX, high = -1;
+    for (int i = 0; i < THREADS; i += FOLD) {
+      low = shared.low[i] < low ? shared.low[i] : low;
+      high = shared.high[i] > high ? shared.high[i] : high;
+    }
+    const int32_t start = low / N * N;
+    const Window window{start, high + 1, high - start < ColumnShared<T>::WINDOW};
+
+    for (int64_t row = first_row; row < last_row; row += GROUP) {
+      const int rows = static_cast<int>(smaller(GROUP, last_row - row));
+      team.phase([&](int thread) {
+        if (window.kept) read_window(job, window, row, rows, thread, shared);
+      });
+      team.phase([&](int thread) {
+        PRUNEKIT_UNROLL
+        for (int i = 0; i < GROUP * N; ++i) {
+          const int r = i / N, at = i % N;
+          if (r >= rows) continue;
+          const int32_t from = column[thread][at];
+          const T value = window.kept
+                              ? shared.window[r][from - window.start]
+                              : load<Word<sizeof(T)>>(job.from + (row + r) * job.from_stride +
+                                                      from * int64_t{sizeof(T)})
+                                    .bits;
+          put<T>(held[thread][r], at, value);
+        }
+      });
+      team.phase([&](int thread) {
+        const int64_t first = position_of<T>(job, tile, thread, 0);
+        const bool whole = job.vector_out && first + N <= job.index.count;
+        PRUNEKIT_UNROLL
+        for (int r = 0; r < GROUP; ++r) {
+          if (r >= rows) continue;
+          char* to = job.to + (row + r) * job.to_stride;
+          if (whole) {
+            store(to + first * int64_t{sizeof(T)}, held[thread][r]);
+            continue;
+          }
+          PRUNEKIT_UNROLL
+          for (int i = 0; i < N; ++i) {
+            const int64_t k = position_of<T>(job, tile, thread, i);
+            if (k < job.index.count)
+              store(to + k * int64_t{sizeof(T)},
+                    Word<sizeof(T)>{element<T>(held[thread][r], i)});
+          }
+        }
+      });
+    }
+  }
+}
+
+// ---- One layer: the columns of down first, whose blocks take longest, then the rows. ------------
+
+struct MlpJob {
+  ColumnJob down;
+  RowJob gate, up;
+  bool vectors;  // rows move in vectors, else in elements
+};
+
+inline MlpJob plan_mlp(
+    const Matrix& gate_to, const Matrix& gate, const Matrix& up_to, const Matrix& up,
+    const Matrix& down_to, const Matrix& down, const Index& index, int element_size) {
+  MlpJob job{plan_columns(down_to, down, index, element_size, false),
+             plan_rows(gate_to, gate, index, element_size), {}, false};
+  if (up.data != nullptr) job.up = plan_rows(up_to, up, index, element_size);
+  job.vectors = job.gate.word == VECTOR && (up.data == nullptr || job.up.word == VECTOR);
+  if (!job.vectors) {  // one word for both, which the kernel knows when it is compiled
+    for (RowJob* rows : {&job.gate, &job.up}) {
+      if (rows->blocks == 0) continue;
+      rows->words = rows->words * rows->word / element_size;
+      rows->word = element_size;
+      rows->lane_bits = 0;
+      while (1 << rows->lane_bits < THREADS && int64_t{COPIES} << rows->lane_bits < rows->words)
+        ++rows->lane_bits;
+      rows->across = blocks_of(rows->words, int64_t{COPIES} << rows->lane_bits);
+      rows->blocks = rows->across * blocks_of(index.count, THREADS >> rows->lane_bits);
+    }
+  }
+  return job;
+}
+
+template <typename T, typename Team>
+PRUNEKIT_BODY void mlp_block(
+    Team& team, const MlpJob& job, uint32_t block, ColumnShared<T>& shared) {
+  const uint32_t down = static_cast<uint32_t>(job.down.blocks);
+  const uint32_t gate = static_cast<uint32_t>(job.gate.blocks);
+  if (block < down) {
+    columns_block<T>(team, job.down, block, shared);
+  } else if (block < down + gate) {
+    if (job.vectors)
+      rows_block<VECTOR>(team, job.gate, block - down);
+    else
+      rows_block<sizeof(T)>(team, job.gate, block - down);
+  } else {
+    if (job.vectors)
+      rows_block<VECTOR>(team, job.up, block - down - gate);
+    else
+      rows_block<sizeof(T)>(team, job.up, block - down - gate);
+  }
+}
+
+}  // namespace prunekit::gather
