@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY_IMPL(prunekit, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(prunekit, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&prunekit::gather_rows));
   m.impl("gather_cols", TORCH_BOX(&prunekit::gather_cols));
+  m.impl("gather_rows_out", TORCH_BOX(&prunekit::gather_rows_out));
+  m.impl("gather_cols_out", TORCH_BOX(&prunekit::gather_cols_out));
+  m.impl("compact_rows_", TORCH_BOX(&prunekit::compact_rows_));
+  m.impl("compact_cols_", TORCH_BOX(&prunekit::compact_cols_));
+  m.impl("compact_mlp_out", TORCH_BOX(&prunekit::compact_mlp_out));
   m.impl("gated_act_stats", TORCH_BOX(&prunekit::gated_act_stats));
   m.impl("gated_mlp_decode", TORCH_BOX(&prunekit::gated_mlp_decode));
 }

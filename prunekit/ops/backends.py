@@ -12,7 +12,9 @@ from prunekit.ops.gated_mlp_cpu import gated_mlp_cpu
 from prunekit.ops.gated_mlp_stats import gated_mlp_stats_composed
 from prunekit.ops.registry import LIBRARY, OPERATIONS, unless_forced
 
-_CPP_OPERATIONS = ("gather_rows", "gather_cols", "gated_act_stats")
+_GATHERS = ("gather_rows", "gather_cols", "gather_rows_out", "gather_cols_out")
+_GATHERS += ("compact_rows_", "compact_cols_", "compact_mlp_out")
+_CPP_OPERATIONS = (*_GATHERS, "gated_act_stats")
 # Python around the extension's own operators and torch's products.
 _AROUND_CPP = {"gated_mlp": gated_mlp_cpu, "gated_mlp_stats": gated_mlp_stats_composed}
 _TRITON_OPERATIONS = (
@@ -57,6 +59,19 @@ def _attach_extension(why_not: str | None) -> None:
             OPERATIONS[name].unavailable["cpp"] = why_not
 
 
+def _attach_cuda(why_not: str | None) -> None:
+    """Name the CUDA gathers, which the extension registers where it was built with them."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in _GATHERS:
+        if why_not is None and has_kernel(f"prunekit::{name}", "CUDA"):
+            OPERATIONS[name].backends["cuda"] = getattr(torch.ops.prunekit, name).default
+        else:
+            OPERATIONS[name].unavailable["cuda"] = why_not or (
+                "the C++ extension was built without CUDA; with nvcc and a CUDA build of torch, "
+                "run `pip install --no-build-isolation .` in the source tree"
+            )
+
+
 def _triton_problem() -> str | None:
     """Why Triton kernels cannot run here, or None if they can."""
     if importlib.util.find_spec("triton") is None:
@@ -89,4 +104,5 @@ def serving(name: str) -> str:
 EXTENSION_PROBLEM = _load_extension()
 TRITON_PROBLEM = _triton_problem()
 _attach_extension(EXTENSION_PROBLEM)
+_attach_cuda(EXTENSION_PROBLEM)
 _attach_triton(TRITON_PROBLEM)
