@@ -13,6 +13,7 @@ from prunekit.ops.gated_act_stats import gated_act_stats_ref
 from prunekit.ops.gated_mlp import gated_mlp_ref
 from prunekit_kernels import launch
 from prunekit_kernels.gated_mlp_prefill import (
+    CANDIDATES,
     gated_mlp_prefill,
     gated_mlp_prefill_stats,
 )
@@ -134,9 +135,17 @@ def test_no_width():
     assert torch.equal(gated_mlp_prefill(*mlp, SILU), mlp[-1].expand(5, 32))
 
 
+@pytest.mark.parametrize("kernel", ["dual_product", "down_product"])
+def test_candidates(kernel):
+    mlp = random_mlp(7, 24, 40, torch.float16)
+    for config in CANDIDATES[kernel]:
+        with trying(kernel, config):
+            check(mlp)
+
+
 def test_variants_give_the_same_bits():
-    mlp = random_mlp(129, 64, 96, torch.float16, with_bias=True)
-    spans = torch.tensor(SPANS["padded"](129))
+    mlp = random_mlp(70, 64, 65, torch.float16, with_bias=True)  # 9 tiles, 4 programs
+    spans = torch.tensor(SPANS["padded"](70))
     results = []
     for variant in VARIANTS.values():
         with trying("dual_product_stats", variant):
@@ -170,7 +179,7 @@ def stats_of(mlp, spans, act):
 
 
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-@pytest.mark.parametrize("shape", [(0, 32, 37), (1, 32, 64), (131, 40, 65)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 32, 37), (1, 32, 64), (101, 40, 33)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(dtype, shape, spans):
     as_tensor = torch.tensor(spans(shape[0]), dtype=torch.int64).reshape(-1, 2)
@@ -250,3 +259,29 @@ def test_what_would_be_launched(arch):
         buffers = stages - 1 if arch.startswith("gfx") else stages
         most = 64 * 1024 if arch.startswith("gfx") else 112 * 1024
         assert buffers * rows * constants["BLOCK_K"] * 2 <= most
+
+
+def recorded_dual_product(arch, variant, hidden=64):
+    mlp = random_mlp(300, hidden, 96, torch.bfloat16)
+    with launch.recorded(arch) as launches, trying("dual_product", variant):
+        gated_mlp_prefill(*(None if t is None else t.to("meta") for t in mlp), SILU)
+    return launches[0]
+
+
+def test_persistent_programs_fill_the_card_once():
+    small = TILE | {"BLOCK_M": 16, "BLOCK_N": 16, "PERSISTENT": 1}
+    assert recorded_dual_product("sm_80", small).grid == (108,)
+    assert recorded_dual_product("sm_90", small | {"PERSISTENT": 2}).grid == (19 * 6,)
+
+
+def test_descriptors_only_where_the_hardware_takes_them():
+    def described(arch, hidden=64):
+        made = recorded_dual_product(arch, VARIANTS["descriptor"], hidden)
+        assert isinstance(made.arguments["x"], torch.Tensor) != made.arguments["DESCRIPTOR"]
+        return made.arguments["DESCRIPTOR"]
+
+    assert described("sm_90")
+    assert described("sm_100")
+    assert not described("sm_80")
+    assert not described("gfx942")
+    assert not described("sm_90", hidden=60)  # rows of 120 bytes
