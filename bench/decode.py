@@ -2,7 +2,7 @@
 
 A stack of MLPs is cycled so that no cache serves the weights; both take turns in one process over
 the same weights, after a check that they agree. GB/s counts 3·D·F·b, each weight read once; `read`
-is the rate at which torch sums fp32 weights, a plain reading loop.
+is the rate at which a loop that does nothing else, of the same threads, reads as many bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bench.start import start
+from bench.start import begin, options_of
 from prunekit.arch import find_mlps
 from prunekit.measure.timing import interleave, summarise
 from prunekit.nn import CompactMLP
@@ -20,7 +20,7 @@ SHAPES = {
     "Qwen2.5-1.5B": (1536, (8960, 7168, 4480)),
     "Qwen2.5-7B": (3584, (18944, 15104, 9472)),
 }
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = ("bfloat16", "float32")
 TOKENS = (1, 4, 16)
 WEIGHTS_BYTES = 600 << 20  # more than the caches of any machine this is likely to run on
 
@@ -53,40 +53,42 @@ def measure(name: str, hidden: int, width: int, dtype: torch.dtype, rounds: int)
 
         return run
 
+    plain = torch.ones(moved // 4)
+
     def read() -> None:
-        for mlp in theirs:
-            for p in mlp.parameters():
-                p.view(torch.float32).sum()
+        torch.ops.prunekit.read_floats(plain)
 
     for tokens in TOKENS:
         x = torch.randn(tokens, hidden).to(dtype)
         torch.testing.assert_close(ours[0](x), theirs[0](x), rtol=0.05, atol=0.02)
-        cases = {"theirs": cycle(theirs, x), "ours": cycle(ours, x)}
-        if tokens == 1:
-            cases["read"] = read
+        cases = {"theirs": cycle(theirs, x), "ours": cycle(ours, x), "read": read}
         seconds = {k: summarise(v) for k, v in interleave(cases, rounds, warmup=1).items()}
         us = {k: 1e6 * s.median / len(theirs) for k, s in seconds.items()}
         rates = {k: moved / s.median / 1e9 for k, s in seconds.items()}
         spread = 1e6 / len(theirs) * seconds["ours"].low, 1e6 / len(theirs) * seconds["ours"].high
-        reading = f"{rates['read']:6.1f}" if tokens == 1 else " " * 6
         print(
             f"{name:13} {width:6} {str(dtype).removeprefix('torch.'):9} {tokens:3} "
             f"{us['theirs']:11.1f} {us['ours']:8.1f} {spread[0]:8.1f}-{spread[1]:<8.1f} "
-            f"{us['theirs'] / us['ours']:7.2f} {rates['ours']:6.1f} {reading}",
+            f"{us['theirs'] / us['ours']:7.2f} {rates['ours']:6.1f} "
+            f"{rates['read']:6.1f}",
             flush=True,
         )
 
 
 def main() -> None:
-    rounds = start(__doc__)
+    parser = options_of(__doc__)
+    parser.add_argument("--model", choices=SHAPES, action="append", help="all, if none is named")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="all, if none is named")
+    options = begin(parser.parse_args())
     print(
         f"\n{'model':13} {'width':>6} {'dtype':9} {'T':>3} {'theirs µs':>11} {'ours µs':>8} "
         f"{'p25-p75':>17} {'speedup':>7} {'GB/s':>6} {'read':>6}"
     )
-    for dtype in DTYPES:
-        for name, (hidden, widths) in SHAPES.items():
+    for dtype in options.dtype or DTYPES:
+        for name in options.model or SHAPES:
+            hidden, widths = SHAPES[name]
             for width in widths:
-                measure(name, hidden, width, dtype, rounds)
+                measure(name, hidden, width, getattr(torch, dtype), options.rounds)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ int64_t cpu_isa_level() { return static_cast<int64_t>(cpu_isa()); }
 }  // namespace
 }  // namespace prunekit
 
-STABLE_TORCH_LIBRARY_FRAGMENT(prunekit, m) { m.def("cpu_isa() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(prunekit, m) {
+  m.def("cpu_isa() -> int");
+  m.def("read_floats(Tensor x) -> float");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(prunekit, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&prunekit::cpu_isa_level));
@@ -28,5 +31,6 @@ STABLE_TORCH_LIBRARY_IMPL(prunekit, CPU, m) {
   m.impl("compact_cols_", TORCH_BOX(&prunekit::compact_cols_));
   m.impl("compact_mlp_out", TORCH_BOX(&prunekit::compact_mlp_out));
   m.impl("gated_act_stats", TORCH_BOX(&prunekit::gated_act_stats));
+  m.impl("read_floats", TORCH_BOX(&prunekit::read_floats));
   m.impl("gated_mlp_decode", TORCH_BOX(&prunekit::gated_mlp_decode));
 }

@@ -31,6 +31,8 @@ Tensor gated_mlp_decode(
     const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& up_bias,
     const std::optional<Tensor>& down_bias, int64_t act);
 
+double read_floats(const Tensor& x);
+
 template <typename... Parts>
 std::string message(const Parts&... parts) {
   std::ostringstream text;

@@ -31,7 +31,7 @@ namespace prunekit::avx512 {
 #pragma GCC pop_options
 
 #define PRUNEKIT_BEST(function)                                   \
-  (::prunekit::cpu_isa() == ::prunekit::Isa::avx512 ? avx512::function \
+  (::prunekit::cpu_isa() >= ::prunekit::Isa::avx512 ? avx512::function \
    : ::prunekit::cpu_isa() == ::prunekit::Isa::avx2 ? avx2::function   \
                                                     : scalar::function)
 

@@ -10,13 +10,14 @@ namespace {
 
 Isa best_of_cpu() {
 #if PRUNEKIT_X86_KERNELS
-  // These lists hold what foreach_isa.h lets the compiler use.
+  // These lists hold what foreach_isa.h and mlp_decode.cpp let the compiler use.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
-  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return bf16 ? Isa::avx512_bf16 : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
 #else
   return Isa::scalar;
 #endif
@@ -25,11 +26,12 @@ Isa best_of_cpu() {
 Isa cap() {
   const char* value = std::getenv("PRUNEKIT_CPU_ISA");
   const std::string name = value ? value : "";
-  if (name.empty() || name == "avx512") return Isa::avx512;
+  if (name.empty() || name == "avx512_bf16") return Isa::avx512_bf16;
+  if (name == "avx512") return Isa::avx512;
   if (name == "avx2") return Isa::avx2;
   if (name == "scalar") return Isa::scalar;
   throw std::invalid_argument("PRUNEKIT_CPU_ISA: got '" + name +
-                              "'; expected avx512, avx2 or scalar");
+                              "'; expected avx512_bf16, avx512, avx2 or scalar");
 }
 
 }  // namespace

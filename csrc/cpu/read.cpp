@@ -1,0 +1,33 @@
+// read_floats: what bench/decode.py measures reading by, a loop that does nothing else.
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "../ops.h"
+#include "isa.h"
+
+#if PRUNEKIT_X86_KERNELS
+#include <immintrin.h>
+#endif
+
+#define PRUNEKIT_KERNELS "read.inl"
+#include "foreach_isa.h"
+
+namespace prunekit {
+
+double read_floats(const Tensor& x) {
+  check(x.is_cpu() && x.scalar_type() == torch::headeronly::ScalarType::Float && x.is_contiguous(),
+        "read_floats: x must be contiguous fp32 on the CPU");
+  const auto kernel = PRUNEKIT_BEST(sum_streams);
+  const float* from = x.const_data_ptr<float>();
+  const int64_t threads = torch::stable::get_num_threads(), part = x.numel() / threads;
+  std::vector<double> sums(threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t t, int64_t end) {
+    for (; t < end; ++t) sums[t] = kernel(from + t * part, part);
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+}  // namespace prunekit
