@@ -79,23 +79,25 @@ def _gram_update_kernel(
         left = tl.load(left_places, mask=(rows < width)[:, None] & here[None, :], other=0.0)
         right = tl.load(right_places, mask=here[:, None] & (columns < width)[None, :], other=0.0)
         sums = tl.dot(left, right, sums, input_precision="ieee")
-        left_places += BLOCK_T * h_stride.to(tl.int64)
-        right_places += BLOCK_T * h_stride.to(tl.int64)
+        left_places += BLOCK_T * tl.cast(h_stride, tl.int64)
+        right_places += BLOCK_T * tl.cast(h_stride, tl.int64)
 
     places = gram + rows[:, None] * width + columns[None, :]
     inside = (rows < width)[:, None] & (columns < width)[None, :]
     tl.store(places, tl.load(places, mask=inside) + sums, mask=inside)
 
 
-def default_config(arch: str, dtype: torch.dtype) -> Config:
-    """Return tiles of 128 by 128 on tensor cores, and smaller ones for fp32, which has none.
+def default_config(arch: str, dtype: torch.dtype, *, aligned: bool) -> Config:
+    """Return tiles of 128 by 128 for the tensor cores, where rows can be loaded 16 bytes at a time.
 
+    Smaller ones for fp32, which NVIDIA's tensor cores do not multiply, and for rows that are loaded
+    element by element: the large ones spill there.
     A band of 12 makes the 132 tiles of an H100's wave read 11 + 12 blocks of columns of h.
     """
     if arch == INTERPRETER:
         return {"BLOCK_F": 16, "BLOCK_T": 16, "BAND": 3, "num_warps": 4, "num_stages": 1}
     stages = 2 if arch.startswith("gfx") else 3
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not aligned:
         return {"BLOCK_F": 64, "BLOCK_T": 32, "BAND": 16, "num_warps": 4, "num_stages": stages}
     return {"BLOCK_F": 128, "BLOCK_T": 64, "BAND": 12, "num_warps": 8, "num_stages": stages}
 
@@ -127,7 +129,8 @@ def gram_update_triton(gram: torch.Tensor, h: torch.Tensor) -> None:
     if h.stride(1) != 1:
         h = h.contiguous()
     arch = architecture(h.device)
-    default = default_config(arch, h.dtype)
+    aligned = width % 16 == 0 and h.stride(0) % 16 == 0
+    default = default_config(arch, h.dtype, aligned=aligned)
     config = choose("gram_update", arch, h.dtype, tokens, width, default=default)
     blocks = triton.cdiv(width, config["BLOCK_F"])
     # Triton launches on the current device, which need not be the one that holds the tensors.

@@ -132,6 +132,16 @@ def test_only_the_triangle_is_launched():
     assert launches[0].grid == (70 * 71 // 2,)
 
 
+def test_rows_that_are_not_aligned_get_tiles_that_do_not_spill():
+    blocks = []
+    for width in (8960, 8961):
+        with launch.recorded("sm_90") as launches:
+            h = torch.empty(512, width, dtype=torch.bfloat16, device="meta")
+            gram_update_triton(torch.empty(width, width, device="meta"), h)
+        blocks.append(launches[0].arguments["BLOCK_F"])
+    assert blocks == [128, 64]
+
+
 def test_a_measured_configuration_serves():
     config = {"BLOCK_F": 32, "BLOCK_T": 16, "BAND": 2, "num_warps": 4, "num_stages": 2}
     with tuning.trying("gram_update", config):
