@@ -129,3 +129,13 @@ def test_trying_needs_compact_modules(llama):
         pk.trying(llama, plan),
     ):
         pass
+
+
+def test_torch_compile_serves_prefill_and_decode_by_turns(llama):
+    """The second length makes Dynamo treat the tokens as unknown."""
+    mlp = pk.compact_modules(llama).model.layers[0].mlp
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for tokens in (40, 20, 7, 4, 3, 2, 1):
+            x = torch.randn(tokens, 32)
+            torch.testing.assert_close(compiled(x), mlp(x))

@@ -24,7 +24,9 @@ LIBRARY.define("gated_mlp_decode" + ARGUMENTS)  # served by the C++ extension al
 def decodes(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether the CPU's decode kernel serves: few tokens, of its dtypes, rows it can stream."""
     tokens = x.numel() // max(x.shape[-1], 1)
-    return tokens in DECODE_TOKENS.get(x.dtype, ()) and all(
+    served = DECODE_TOKENS.get(x.dtype, range(0))
+    # Comparisons, which torch.compile can follow where the number of tokens is symbolic.
+    return served.start <= tokens < served.stop and all(
         w is None or (w.dtype == x.dtype and w.stride(-1) == 1) for w in weights
     )
 

@@ -59,7 +59,7 @@ def gated_mlp_indexed(
         x: [..., D], bf16/fp16/fp32/fp64.
         gate, up: [F, D], dense; up None for a plain MLP.
         down: [D, F], dense.
-        index: [K], int32 or int64, each in [0, F), on x's device.
+        index: [K], int32 or int64, each in [0, F), on x's device; a GPU kernel does not check it.
         gate_bias, up_bias: [F] or None. down_bias: [D] or None.
         act: silu, gelu, gelu_tanh, relu or relu2.
 

@@ -68,7 +68,7 @@ def gated_mlp_stats(x, gate, up, down, gate_bias, up_bias, down_bias, spans, act
 
 def gated_mlp_indexed(x, gate, up, down, index, gate_bias, up_bias, down_bias, act):
     rows = x.reshape(-1, x.shape[-1])
-    tensors = gate, up, down, index, gate_bias, up_bias, down_bias
+    tensors = gate, up, down, index.contiguous(), gate_bias, up_bias, down_bias
     if not _taken("gated_mlp_indexed", rows, gate, up, down, gate_bias, up_bias, down_bias):
         return gated_mlp_indexed_ref(x, *tensors, act)
     y = gated_mlp_indexed_triton(rows, *tensors, act)
