@@ -12,9 +12,11 @@
 #if defined(__CUDACC__)
 #define PRUNEKIT_BODY __host__ __device__ __forceinline__
 #define PRUNEKIT_UNROLL _Pragma("unroll")
+#define PRUNEKIT_ROLLED _Pragma("unroll 1")
 #else
 #define PRUNEKIT_BODY inline
 #define PRUNEKIT_UNROLL
+#define PRUNEKIT_ROLLED
 #endif
 
 // The test defines these before it includes this file, and sees every access to a matrix.
@@ -212,14 +214,16 @@ PRUNEKIT_BODY void rows_in_place_block(Team& team, const RowJob& job, uint32_t b
   typename Team::template Private<Word<WORD>[DEPTH]> held;
   for (int64_t batch = 0; batch < job.index.count; batch += ROWS * DEPTH) {
     team.phase([&](int thread) {
-      const int64_t at = static_cast<int64_t>(block) * LANES + thread % LANES;
+      // Beyond the end the last word is read again, and not stored: no load waits for a branch.
+      const int64_t at =
+          smaller(static_cast<int64_t>(block) * LANES + thread % LANES, job.words - 1);
+      int64_t from[DEPTH];
       PRUNEKIT_UNROLL
-      for (int i = 0; i < DEPTH; ++i) {
-        const int64_t row = batch + i * ROWS + thread / LANES;
-        if (at < job.words && row < job.index.count)
-          held[thread][i] =
-              load<Word<WORD>>(job.from + job.index.at(row) * job.from_stride + at * WORD);
-      }
+      for (int i = 0; i < DEPTH; ++i)
+        from[i] = job.index.at(smaller(batch + i * ROWS + thread / LANES, job.index.count - 1));
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < DEPTH; ++i)
+        held[thread][i] = load<Word<WORD>>(job.from + from[i] * job.from_stride + at * WORD);
     });
     team.phase([&](int thread) {
       const int64_t at = static_cast<int64_t>(block) * LANES + thread % LANES;
@@ -307,6 +311,7 @@ PRUNEKIT_BODY void read_window(
   if (job.vector_in)
     whole = static_cast<int>(smaller(blocks_of(window.end - window.start, N),
                                      (job.columns - window.start) / N));
+  PRUNEKIT_ROLLED
   for (int vector = thread; vector < whole; vector += 2 * THREADS) {
     Word<VECTOR> held[2][GROUP];
     PRUNEKIT_UNROLL
@@ -323,6 +328,7 @@ PRUNEKIT_BODY void read_window(
         keep(&shared.window[i % GROUP][at * N], held[i / GROUP][i % GROUP]);
     }
   }
+  PRUNEKIT_ROLLED
   for (int at = whole * N + thread; at < window.end - window.start; at += THREADS) {
     PRUNEKIT_UNROLL
     for (int i = 0; i < GROUP; ++i)
@@ -330,6 +336,13 @@ PRUNEKIT_BODY void read_window(
         shared.window[i][at] =
             load<Word<sizeof(T)>>(from + i * job.from_stride + at * int64_t{sizeof(T)}).bits;
   }
+}
+
+// Fills a vector with what `read` finds at a thread's columns.
+template <typename T, int N, typename Read>
+PRUNEKIT_BODY void pick(const int32_t (&column)[N], Word<VECTOR>& held, const Read& read) {
+  PRUNEKIT_UNROLL
+  for (int i = 0; i < N; ++i) put<T>(held, i, read(column[i]));
 }
 
 template <typename T, typename Team>
@@ -375,6 +388,7 @@ PRUNEKIT_BODY void columns_block(
     const int32_t start = low / N * N;
     const Window window{start, high + 1, high - start < ColumnShared<T>::WINDOW};
 
+    PRUNEKIT_ROLLED
     for (int64_t row = first_row; row < last_row; row += GROUP) {
       const int rows = static_cast<int>(smaller(GROUP, last_row - row));
       team.phase([&](int thread) {
@@ -382,16 +396,18 @@ PRUNEKIT_BODY void columns_block(
       });
       team.phase([&](int thread) {
         PRUNEKIT_UNROLL
-        for (int i = 0; i < GROUP * N; ++i) {
-          const int r = i / N, at = i % N;
+        for (int r = 0; r < GROUP; ++r) {
           if (r >= rows) continue;
-          const int32_t from = column[thread][at];
-          const T value = window.kept
-                              ? shared.window[r][from - window.start]
-                              : load<Word<sizeof(T)>>(job.from + (row + r) * job.from_stride +
-                                                      from * int64_t{sizeof(T)})
-                                    .bits;
-          put<T>(held[thread][r], at, value);
+          if (window.kept)
+            pick<T>(column[thread], held[thread][r], [&](int32_t from) {
+              return shared.window[r][from - window.start];
+            });
+          else
+            pick<T>(column[thread], held[thread][r], [&](int32_t from) {
+              return load<Word<sizeof(T)>>(job.from + (row + r) * job.from_stride +
+                                           from * int64_t{sizeof(T)})
+                  .bits;
+            });
         }
       });
       team.phase([&](int thread) {
