@@ -1,4 +1,4 @@
-// gather_rows, gather_cols and what compacts in place: exact copies of elements, whatever they mean.
+// The gathers, anew and in place: exact copies of elements, whatever they mean.
 //
 // Stores that bypass the cache were measured and do not pay: what is gathered is read again soon.
 #include <algorithm>

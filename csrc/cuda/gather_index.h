@@ -155,8 +155,9 @@ inline RowJob plan_rows(
              from.row_stride * element_size, to.row_stride * element_size, index, 1, 0, 0, 0, 0};
   const int64_t bytes = from.columns * element_size;
   if (bytes == 0 || index.count == 0) return job;
-  const uint64_t of_all = reinterpret_cast<uint64_t>(job.from) | reinterpret_cast<uint64_t>(job.to) |
-                          job.from_stride | job.to_stride | bytes;
+  const uint64_t addresses = reinterpret_cast<uint64_t>(job.from) |
+                             reinterpret_cast<uint64_t>(job.to);
+  const uint64_t of_all = addresses | job.from_stride | job.to_stride | bytes;
   job.word = widest_word(of_all, VECTOR);
   job.words = bytes / job.word;
   while (1 << job.lane_bits < THREADS && int64_t{COPIES} << job.lane_bits < job.words)

@@ -413,7 +413,8 @@ int main(int argc, char** argv) {
     for (int64_t a : across)
       for (int64_t d : down) {
         // Few rows by many columns where columns are picked, and the other way round.
-        Case c{columns ? a % 35 + 1 : d * 2, columns ? d * 9 : a, 0, element, 0, 0, 0, 0, true, true};
+        Case c{columns ? a % 35 + 1 : d * 2, columns ? d * 9 : a, 0, element,
+               0, 0, 0, 0, true, true};
         const int64_t most = kind == "mlp" ? 200000 : 900000;
         while (c.rows * c.columns * element > most) c.rows /= 2;
         const int64_t limit = columns ? c.columns : c.rows;
