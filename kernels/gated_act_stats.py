@@ -14,6 +14,7 @@ from prunekit_kernels.activations import activate
 from prunekit_kernels.launch import architecture, launch
 
 _THREADS = 64  # a program; each holds 16 bytes of a row
+_REGISTERS = 64  # a thread, at most, on NVIDIA in 16-bit dtypes
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _PROGRAMS = 512  # about four a multiprocessor: prefetched rows keep enough bytes in flight
@@ -25,10 +26,12 @@ _REDUCE_ROWS = 32
 _REDUCE_COLUMNS = 64
 
 
-# Registers a thread under Triton 3.9 (silu with up; bf16, fp16, fp32), none spilled:
-#   sm_80 70, 64, 46; sm_90 64, 64, 47; sm_100 64, 64, 46; gfx90a 94, 106, 63; gfx942 92, 106, 63.
-# Two things keep the 16-bit kernels from about 80: counts of two columns share a register, and the
-# maximum stays in h's dtype, where it is exact.
+# Registers decide how many programs run: sums and rows in flight must fit 64 of NVIDIA's, which is
+# half the occupancy of the same kernel without sums. Three things make them fit: counts of two
+# columns share a register, the maximum stays in h's dtype, where it is exact, and for 16-bit dtypes
+# the compiler is told the limit. Untold, Triton 3.9 takes up to 70, and none is spilled either way;
+# fp32, with half the columns a thread, takes 47 by itself, and more when told that it may.
+# An AMD SIMD holds 5 wavefronts of the bf16 kernel, 4 of the fp16 one, and 8 in fp32.
 @triton.jit(do_not_specialize=["tokens", "prompts", "splits"])
 def _gated_act_stats_kernel(
     gate,  # [T, F], rows gate_stride apart
@@ -144,6 +147,7 @@ def launch_options(element_size: int, *, hip: bool) -> dict[str, int | bool]:
         "BLOCK_F": _THREADS * 16 // element_size,
         "num_warps": 1 if hip else 2,  # wavefronts of 64 lanes, warps of 32
         "enable_fp_fusion": True,  # the default differs between Triton versions
+        **({} if hip or element_size == 4 else {"maxnreg": _REGISTERS}),
     }
 
 

@@ -27,6 +27,14 @@ LARGE = [-1e18, -1e4, -100.0, -30.0, -11.0, 11.0, 30.0, 100.0, 1e4, 1e18]
 
 
 @triton.jit
+def _cdf_kernel(x, y, count, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    value = tl.load(x + places, mask=inside, other=0.0)
+    tl.store(y + places, activations.normal_cdf(value), mask=inside)
+
+
+@triton.jit
 def _apply_kernel(x, y, slope, count, ACT: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
@@ -46,6 +54,24 @@ def autograd(x, name, dtype=torch.float64):
     x = x.to(dtype, copy=True).requires_grad_()
     y = activate(x, NAMES.index(name))
     return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+
+def test_normal_cdf():
+    x = torch.cat([torch.linspace(-9, 9, 60_001), torch.logspace(-30, 38, 701)]).to(DEVICE)
+    x = torch.cat([x, -x, torch.tensor([torch.inf, -torch.inf, torch.nan], device=DEVICE)])
+    y = torch.full_like(x, 7.0)
+    _cdf_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), 4096, enable_fp_fusion=True)
+    assert y[-1].isnan()
+    x, y = x[:-1].double(), y[:-1].double()
+    # The last place of fp32 is 6e-8 below 1.
+    right = 0.5 * (1.0 + torch.erf(x / 2**0.5))
+    assert (y - right).abs().max() < 1e-7
+    assert ((y >= 0) & (y <= 1)).all()
+    # GELU multiplies the tail by x: it must not vanish early, nor come back beyond the fit.
+    tail = (x < 0) & (x > -6)
+    right = 0.5 * torch.erfc(-x[tail] / 2**0.5)
+    assert ((y[tail] - right).abs() / right).max() < 1e-4
+    assert y[x < -6].max() < 1e-9
 
 
 @pytest.mark.parametrize("name", NAMES)

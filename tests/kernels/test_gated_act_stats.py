@@ -190,15 +190,13 @@ def check_machine_code(kernels):
             rows_in_flight = 3
             assert kernel["wide_loads"] == rows_in_flight * (1 + kernel["with_up"]), kernel
             assert kernel["wide_stores"] > 0, kernel
-            # 80 leave room for 24 of a multiprocessor's 64 warps, and 128 for 4 of the 8
-            # wavefronts of an AMD SIMD.
-            most = 80 if kernel["target"].startswith("sm_") else 128
-            assert kernel["registers"] <= most, kernel
+            # Streaming needs bytes in flight: half of what runs without sums must fit with them.
+            assert 2 * kernel["occupancy"] >= kernel["plain_occupancy"], kernel
 
 
 def test_machine_code():
-    kernels = compiled("sm_90,gfx942", "bf16,fp16", "0")
-    assert len(kernels) == 2 * (1 + 2 * 2)
+    kernels = compiled("sm_80,sm_100,gfx942", "bf16", "1")  # gelu takes the most registers
+    assert len(kernels) == 3 * (1 + 2)
     check_machine_code(kernels)
 
 
