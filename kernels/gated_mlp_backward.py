@@ -31,26 +31,23 @@ def _config(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -
     }
 
 
+_PRODUCTS = [
+    _config(64, 128, 64, 4, 3),
+    _config(128, 128, 32, 8, 2),
+    _config(128, 128, 32, 8, 4),
+    _config(128, 128, 64, 8, 3),
+    _config(128, 256, 64, 8, 3),
+]
 CANDIDATES: dict[str, list[Config]] = {
     "backward_hidden": [
-        _config(64, 64, 64, 4, 3),
         _config(64, 64, 32, 4, 4),
-        _config(128, 64, 32, 8, 3),
-        _config(128, 64, 64, 8, 2),
+        _config(64, 64, 64, 4, 3),
+        _config(128, 64, 32, 8, 2),
+        _config(128, 64, 32, 8, 4),
         _config(128, 64, 64, 8, 3),
     ],
-    "grad_x": [
-        _config(64, 128, 64, 4, 3),
-        _config(128, 128, 32, 8, 4),
-        _config(128, 128, 64, 8, 3),
-        _config(128, 256, 64, 8, 3),
-    ],
-    "grad_weight": [
-        _config(64, 128, 64, 4, 3),
-        _config(128, 128, 32, 8, 4),
-        _config(128, 128, 64, 8, 3),
-        _config(128, 256, 64, 8, 3),
-    ],
+    "grad_x": _PRODUCTS,
+    "grad_weight": _PRODUCTS,
 }
 
 
@@ -352,13 +349,13 @@ def default_config(kernel: str, arch: str, dtype: torch.dtype) -> Config:
         return (
             _config(64, 32, 16, 8, 2) if kernel == "backward_hidden" else _config(64, 64, 16, 8, 2)
         )
+    hidden = kernel == "backward_hidden"
     if arch.startswith("gfx"):
-        if kernel == "backward_hidden":
-            return _config(64, 64, 32, 4, 2)
-        return _config(128, 128, 32, 8, 2)
-    if kernel == "backward_hidden":
-        return _config(64, 64, 64, 4, 3)
-    return _config(128, 128, 64, 8, 3)
+        return _config(128, 64, 32, 8, 2) if hidden else _config(128, 128, 32, 8, 2)
+    if arch in ("sm_90", "sm_100"):
+        return _config(128, 64, 64, 8, 3) if hidden else _config(128, 128, 64, 8, 3)
+    # A K of 64 would spill three accumulators' factors on sm_80.
+    return _config(128, 64, 32, 8, 4) if hidden else _config(128, 128, 32, 8, 4)
 
 
 def _options(kernel: str, t: torch.Tensor, tokens: int, *shape: int) -> Config:
