@@ -11,6 +11,7 @@ import triton.language as tl
 
 from prunekit_kernels.activations import activate, activate_grad
 from prunekit_kernels.launch import architecture, launch
+from prunekit_kernels.tiles import grouped_tile
 from prunekit_kernels.tuning import Config, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,15 +52,6 @@ CANDIDATES: dict[str, list[Config]] = {
 }
 
 
-@triton.jit
-def _grouped_tile(tile, row_tiles, column_tiles, GROUP_M: tl.constexpr):
-    group = tile // (GROUP_M * column_tiles)
-    place = tile % (GROUP_M * column_tiles)
-    first = group * GROUP_M
-    rows = tl.minimum(row_tiles - first, GROUP_M)  # the last group may be thinner
-    return first + place % rows, place // rows
-
-
 # In all kernels a tile's corner is an int64 scalar and its inner offsets are int32: blocks times
 # strides stay far below 2³¹, and offsets in 32 bits leave registers to the accumulators.
 @triton.jit(do_not_specialize=["tokens"])
@@ -88,7 +80,7 @@ def _backward_hidden_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    row_tile, column_tile = _grouped_tile(
+    row_tile, column_tile = grouped_tile(
         tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_M
     )
     first_row = row_tile.to(tl.int64) * BLOCK_M
@@ -201,7 +193,7 @@ def _grad_x_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    row_tile, column_tile = _grouped_tile(
+    row_tile, column_tile = grouped_tile(
         tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP_M
     )
     first_row = row_tile.to(tl.int64) * BLOCK_M
@@ -259,7 +251,7 @@ def _grad_weight_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    row_tile, column_tile = _grouped_tile(
+    row_tile, column_tile = grouped_tile(
         tl.program_id(0), tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_M
     )
     m = tl.arange(0, BLOCK_M)
