@@ -112,9 +112,11 @@ def _compact_block(
     """Shrink every parameter that a block's views share; each parameter is rebuilt once."""
     parts: dict[tuple[int, str], list[tuple[Slot, torch.Tensor]]] = {}
     for view, indices in zip(views, kept, strict=True):
-        for slot in view.slots.values():
-            device_index = indices.to(slot.parameter.device)
-            parts.setdefault((id(slot.owner), slot.name), []).append((slot, device_index))
+        done = _shrink_together(view, indices)
+        for role, slot in view.slots.items():
+            if role not in done:
+                device_index = indices.to(slot.parameter.device)
+                parts.setdefault((id(slot.owner), slot.name), []).append((slot, device_index))
     for members in parts.values():
         _shrink(members)
     for view, fix in zip(views, fixes, strict=True):
@@ -128,6 +130,25 @@ def _compact_block(
                 setattr(owner, attribute, width)
 
 
+def _shrink_together(view: MLPView, kept: torch.Tensor) -> set[str]:
+    """Shrink a layer's matrices in one operation, where each is a Linear's; return their roles."""
+    roles = [role for role in ("gate", "up", "down") if role in view.slots]
+    weights = [view.slots[role].parameter for role in roles]
+    if view.kind not in ("gated", "plain") or len({w.device for w in weights}) > 1:
+        return set()
+    gate, *up, down = (weight.detach() for weight in weights)
+    found = ops.compact_mlp(gate, up[0] if up else None, down, kept.to(gate.device))
+    for role, new in zip(roles, (t for t in found if t is not None), strict=True):
+        _replace(view.slots[role], new)
+    return set(roles)
+
+
+def _replace(slot: Slot, new: torch.Tensor) -> None:
+    trained = slot.parameter.requires_grad
+    setattr(slot.owner, slot.name, nn.Parameter(new, requires_grad=trained))
+    _update_linear(slot.owner, slot.name)
+
+
 def _shrink(members: list[tuple[Slot, torch.Tensor]]) -> None:
     slot = members[0][0]
     old = slot.parameter
@@ -139,8 +160,7 @@ def _shrink(members: list[tuple[Slot, torch.Tensor]]) -> None:
         new = torch.stack(matrices)
     else:
         new = _gather(old, members)
-    setattr(slot.owner, slot.name, nn.Parameter(new, requires_grad=old.requires_grad))
-    _update_linear(slot.owner, slot.name)
+    _replace(slot, new)
 
 
 def _gather(matrix: torch.Tensor, members: list[tuple[Slot, torch.Tensor]]) -> torch.Tensor:
