@@ -48,8 +48,9 @@ class CompactMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the MLP: [..., D] -> [..., D]."""
-        gate, down = getattr(self, self._gate), getattr(self, self._down)
-        up = getattr(self, self._up) if self._up else None
+        modules = self._modules  # read at every token: getattr takes several times as long
+        gate, down = modules[self._gate], modules[self._down]
+        up = modules[self._up] if self._up else None
         if not all(map(is_bare, (gate, down) if up is None else (gate, up, down))):
             return self._call_projections(x)
         if self._kind == "plain":

@@ -69,14 +69,17 @@ Tensor gated_mlp_decode(
     const Tensor& x, const Tensor& gate, const std::optional<Tensor>& up, const Tensor& down,
     const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& up_bias,
     const std::optional<Tensor>& down_bias, int64_t act) {
-  check(x.is_cpu() && x.dim() == 2 && x.is_contiguous() && x.size(0) <= MAX_TOKENS,
-        "gated_mlp_decode: x must be a contiguous [T, D] on the CPU with T up to ", MAX_TOKENS);
+  check(x.is_cpu() && x.dim() > 0 && x.is_contiguous() &&
+            x.numel() <= MAX_TOKENS * x.size(-1),
+        "gated_mlp_decode: x must be a contiguous [..., D] on the CPU, of up to ", MAX_TOKENS,
+        " tokens");
   check(0 <= act && act <= static_cast<int64_t>(Act::relu2),
         "gated_mlp_decode: unknown activation code ", act);
   const ScalarType dtype = x.scalar_type();
   const Kernels kernel = kernels_for(dtype, static_cast<Act>(act));
   check(kernel.hidden != nullptr, "gated_mlp_decode: dtype must be bf16, fp16 or fp32");
-  const int64_t tokens = x.size(0), hidden = x.size(1), width = gate.size(0);
+  const int64_t hidden = x.size(-1), width = gate.size(0);
+  const int64_t tokens = hidden ? x.numel() / hidden : 0;
 
   Problem p{};
   p.x = x.const_data_ptr();
@@ -86,7 +89,7 @@ Tensor gated_mlp_decode(
   p.gate = weights_of("gate", gate, gate_bias, width, hidden, dtype);
   if (up) p.up = weights_of("up", *up, up_bias, width, hidden, dtype);
   p.down = weights_of("down", down, down_bias, hidden, width, dtype);
-  Tensor y = torch::stable::new_empty(x, {tokens, hidden});
+  Tensor y = torch::stable::empty_like(x);
   p.y = y.mutable_data_ptr();
 
   p.hidden_stride = rounded_up(hidden, kernel.unit);

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from prunekit.ops.activations import activate, activation_code
-from prunekit.ops.gated_mlp_cpu import ARGUMENTS, decodes
+from prunekit.ops.gated_mlp_cpu import ARGUMENTS, decode, decodes, decodes_directly
 from prunekit.ops.registry import LIBRARY, define, forced_backend
 
 Optional = torch.Tensor | None
@@ -104,6 +104,9 @@ def gated_mlp(
     check_shapes("gated_mlp", x, gate, up, down)
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias
     code = activation_code(act)
-    if forced_backend() is None and x.device.type == "cpu" and not decodes(*tensors):
-        return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
+    if forced_backend() is None and x.device.type == "cpu":
+        if not decodes(*tensors):
+            return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
+        if decodes_directly(x):
+            return decode(*tensors, code)
     return torch.ops.prunekit.gated_mlp.default(*tensors, code)

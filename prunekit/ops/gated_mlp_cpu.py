@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from prunekit.ops.registry import LIBRARY, OPERATIONS
 
-# For how many tokens the CPU's decode kernel beats torch's products (`python -m bench.decode`, on
-# AVX-512 with two threads); it takes 16 at the most.
+# For how many tokens the decode kernel, which takes 16 at the most, beats torch's products
+# (`python -m bench.decode`, with two threads): by instruction set, where one was measured.
 DECODE_TOKENS = {
-    torch.bfloat16: range(1, 3),
-    torch.float16: range(1, 4),
-    torch.float32: range(4, 17),
+    "avx512_bf16": {
+        torch.bfloat16: range(1, 17),
+        torch.float16: range(1, 4),
+        torch.float32: range(1, 17),
+    },
+    "avx512": {
+        torch.bfloat16: range(1, 3),
+        torch.float16: range(1, 4),
+        torch.float32: range(4, 17),
+    },
 }
 
 ARGUMENTS = (
@@ -21,23 +30,49 @@ ARGUMENTS = (
 LIBRARY.define("gated_mlp_decode" + ARGUMENTS)  # served by the C++ extension alone
 
 
-def decodes(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+@torch.compiler.assume_constant_result
+@cache
+def _tokens_served(dtype: torch.dtype) -> tuple[int, int]:
+    """The fewest and the most tokens that go to the decode kernel; none where fewest is more."""
+    from prunekit.ops.isa import cpu_isa  # which needs the extension, which is loaded after this
+
+    served = DECODE_TOKENS.get(cpu_isa(), {}).get(dtype, range(1, 1))
+    return served.start, served.stop - 1
+
+
+def decodes(x, gate, up, down, gate_bias, up_bias, down_bias) -> bool:
     """Whether the CPU's decode kernel serves: few tokens, of its dtypes, rows it can stream."""
-    tokens = x.numel() // max(x.shape[-1], 1)
-    served = DECODE_TOKENS.get(x.dtype, range(0))
-    # Comparisons, which torch.compile can follow where the number of tokens is symbolic.
-    return served.start <= tokens < served.stop and all(
-        w is None or (w.dtype == x.dtype and w.stride(-1) == 1) for w in weights
+    dtype, hidden = x.dtype, gate.shape[-1]
+    fewest, most = _tokens_served(dtype)
+    return (
+        # Comparisons, which torch.compile can follow where the number of tokens is symbolic.
+        0 < fewest * hidden <= x.numel() <= most * hidden
+        and gate.dtype == dtype == down.dtype
+        and gate.stride(-1) == 1 == down.stride(-1)
+        and (up is None or (up.dtype == dtype and up.stride(-1) == 1))
+        and all(b is None or b.dtype == dtype for b in (gate_bias, up_bias, down_bias))
+    )
+
+
+def decodes_directly(x: torch.Tensor) -> bool:
+    """Whether the dispatcher has nothing to do for x but find the CPU's kernel: it takes 10 µs."""
+    return (
+        type(x) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def decode(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tensor:
+    """What `decodes` said that the kernel serves."""
+    return torch.ops.prunekit.gated_mlp_decode.default(
+        x.contiguous(), gate, up, down, gate_bias, up_bias, down_bias, act
     )
 
 
 def gated_mlp_cpu(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tensor:
     """Decode through the C++ kernel where it is faster, all else through torch's own products."""
-    if not decodes(x, gate, up, down, gate_bias, up_bias, down_bias):
-        reference = OPERATIONS["gated_mlp"].reference
-        return reference(x, gate, up, down, gate_bias, up_bias, down_bias, act)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.ops.prunekit.gated_mlp_decode.default(
-        rows, gate, up, down, gate_bias, up_bias, down_bias, act
-    )
-    return y.view(*x.shape[:-1], down.shape[0])
+    serve = OPERATIONS["gated_mlp"].reference
+    if decodes(x, gate, up, down, gate_bias, up_bias, down_bias):
+        serve = decode
+    return serve(x, gate, up, down, gate_bias, up_bias, down_bias, act)

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from prunekit import ops
 from prunekit.ops.backends import EXTENSION_PROBLEM
+from prunekit.ops.gated_mlp_cpu import DECODE_TOKENS
+from prunekit.ops.isa import cpu_isa
 
 needs_extension = pytest.mark.skipif(EXTENSION_PROBLEM is not None, reason=str(EXTENSION_PROBLEM))
 
@@ -112,6 +114,7 @@ def test_decode_knows_every_activation(act):
 
 
 @needs_extension
+@pytest.mark.skipif(cpu_isa() not in DECODE_TOKENS, reason="torch serves on this instruction set")
 def test_decode_serves_few_tokens_of_any_shape_and_gives_the_same_bits_on_any_threads():
     parts = [None if w is None else w.bfloat16() for w in weights(64, 200, bias=False)]
     gate, up = torch.cat(parts[:2]).chunk(2)  # as in a fused projection: rows of one matrix
@@ -121,16 +124,31 @@ def test_decode_serves_few_tokens_of_any_shape_and_gives_the_same_bits_on_any_th
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            got = ops.gated_mlp(x, gate, up, parts[2], act="silu")
+            with torch.set_grad_enabled(threads == 1):  # through autograd's dispatch, and without
+                got = ops.gated_mlp(x, gate, up, parts[2], act="silu")
             assert torch.equal(got, direct.view(2, 1, 64))
     finally:
         torch.set_num_threads(before)
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("place", ["x", "gate", "up", "down"])
+def test_decode_lets_nan_through(dtype, place):
+    gate, up, down, *_ = (None if w is None else w.to(dtype) for w in weights(33, 70, bias=False))
+    x = torch.randn(3, 33).to(dtype)
+    where = {"x": x[1], "gate": gate[69], "up": up[5], "down": down[32]}[place]
+    where[-1] = float("nan")
+    seen = decode(x, [gate, up, down, None, None, None], "silu").isnan()
+    want = torch.zeros_like(seen)
+    want[{"x": (1,), "down": (slice(None), 32)}.get(place, ())] = True
+    assert torch.equal(seen, want)
+
+
+@needs_extension
 def test_decode_refuses_what_it_cannot_serve():
     parts = weights(4, 6, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"contiguous \[T, D\] on the CPU with T up to 16"):
+    with pytest.raises(ValueError, match=r"contiguous \[..., D\] on the CPU, of up to 16 tokens"):
         decode(torch.randn(17, 4), parts, "silu")
     with pytest.raises(ValueError, match="dtype must be bf16, fp16 or fp32"):
         decode(torch.randn(2, 4).double(), parts, "silu")
