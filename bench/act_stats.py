@@ -15,6 +15,7 @@ from prunekit.ops import ACTIVATIONS, activation_code, gated_act_stats, gated_ac
 
 CASES = (
     (2048, 1536, torch.bfloat16, "silu"),
+    (2048, 1536, torch.bfloat16, "gelu"),
     (2048, 1536, torch.bfloat16, "gelu_tanh"),
     (2048, 1536, torch.float16, "silu"),
     (2048, 1536, torch.float32, "silu"),

@@ -21,7 +21,7 @@ SHAPES = {
     "Qwen2.5-7B": (3584, (18944, 15104, 9472)),
 }
 DTYPES = ("bfloat16", "float32")
-TOKENS = (1, 4, 16)
+TOKENS = (1, 4, 8, 16)
 WEIGHTS_BYTES = 600 << 20  # more than the caches of any machine this is likely to run on
 
 
