@@ -30,20 +30,24 @@ ARGUMENTS = (
 LIBRARY.define("gated_mlp_decode" + ARGUMENTS)  # served by the C++ extension alone
 
 
-@torch.compiler.assume_constant_result
 @cache
-def _tokens_served(dtype: torch.dtype) -> tuple[int, int]:
-    """The fewest and the most tokens that go to the decode kernel; none where fewest is more."""
+def _served_here() -> dict[torch.dtype, range]:
     from prunekit.ops.isa import cpu_isa  # which needs the extension, which is loaded after this
 
-    served = DECODE_TOKENS.get(cpu_isa(), {}).get(dtype, range(1, 1))
+    return DECODE_TOKENS.get(cpu_isa(), {})
+
+
+@torch.compiler.assume_constant_result
+def _fewest_and_most(dtype: torch.dtype) -> tuple[int, int]:
+    """How many tokens go to the decode kernel; none where the fewest are more than the most."""
+    served = _served_here().get(dtype, range(1, 1))
     return served.start, served.stop - 1
 
 
 def decodes(x, gate, up, down, gate_bias, up_bias, down_bias) -> bool:
     """Whether the CPU's decode kernel serves: few tokens, of its dtypes, rows it can stream."""
     dtype, hidden = x.dtype, gate.shape[-1]
-    fewest, most = _tokens_served(dtype)
+    fewest, most = _fewest_and_most(dtype)
     return (
         # Comparisons, which torch.compile can follow where the number of tokens is symbolic.
         0 < fewest * hidden <= x.numel() <= most * hidden
