@@ -1,0 +1,73 @@
+"""python -m bench.gpu: check and time every operation, or tune its kernels, and write it down."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from bench.gpu.shapes import SUITES
+from bench.gpu.supervise import supervise
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the steps")
+    add("--shapes", choices=tuple(SUITES), default="models")
+    add("--out", type=Path, default=RESULTS, help="folder of the results")
+    add("--only", default="", help="only entries whose name contains this")
+    add("--rounds", type=int, default=25, help="timings of each contender")
+    add("--budget-s", type=float, default=480.0, help="begin nothing new after so many seconds")
+    add("--patience-s", type=float, default=150.0, help="start anew when nothing happened so long")
+    add("--tune", action="store_true", help="look for faster configurations instead")
+    add("--tuned", type=Path, help="table that --tune extends (default: kernels/tuned.json)")
+    add("--max-autotune", action="store_true", help="time torch.compile's slow mode too")
+    add("--compiler", default="inductor", help="torch.compile's backend")
+    add("--revision", help="of the sources, where they are no git tree")
+    for private in ("--worker", "--resume"):
+        add(private, action="store_true", help=argparse.SUPPRESS)
+    add("--deadline", type=float, help=argparse.SUPPRESS)
+    return parser
+
+
+def work(options: argparse.Namespace) -> int:
+    """Do everything in this process; return the exit status, 1 where something failed."""
+    import torch
+
+    from bench.gpu.run import Run, check_all, measure_all
+    from bench.gpu.tune_run import tune_all
+
+    torch.manual_seed(0)
+    run = Run(options)
+    with torch.no_grad():
+        for step in (tune_all,) if options.tune else (check_all, measure_all):
+            step(run)
+    return run.finish()
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+    if options.worker:
+        return work(options)
+
+    import torch
+
+    from bench.gpu.run import results_path
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("python -m bench.gpu: torch sees no GPU; --device cpu rehearses", file=sys.stderr)
+        return 2
+    deadline = time.time() + options.budget_s
+    command = [sys.executable, "-m", "bench.gpu", *arguments, "--worker", f"--deadline={deadline}"]
+    return supervise(command, results_path(options), options.patience_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
