@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,9 @@ help:
 	@echo "make test-all  those and the slow ones"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make bench     measure the operations and the main job on this machine"
+	@echo "make gpu-bench check and time every operation on this machine's GPU, in 9 minutes"
+	@echo "make gpu-tune  look for faster configurations of the kernels on this machine's GPU"
+	@echo "make gpu-table make the README's section on GPUs from bench/results"
 
 $(VENV)/.torch: constraints-cpu.txt
 	@echo "installing torch into $(VENV)"
@@ -53,6 +56,15 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.act_stats
 	$(BIN)/python -m bench.calibration
 	$(BIN)/python -m bench.decode --rounds 5
+
+gpu-bench: $(VENV)/.ready
+	$(BIN)/python -m bench.gpu
+
+gpu-tune: $(VENV)/.ready
+	$(BIN)/python -m bench.gpu --tune --budget-s 1800
+
+gpu-table: $(VENV)/.ready
+	$(BIN)/python -m bench.gpu.readme
 
 clean:
 	rm -rf build demo-out *.egg-info prunekit/_C*.so

@@ -19,12 +19,13 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the steps")
     add("--shapes", choices=tuple(SUITES), default="models")
-    add("--out", type=Path, default=RESULTS, help="folder of the results")
+    add("--out", type=Path, help="folder of the results (default: bench/results)")
     add("--only", default="", help="only entries whose name contains this")
     add("--rounds", type=int, default=25, help="timings of each contender")
     add("--budget-s", type=float, default=480.0, help="begin nothing new after so many seconds")
     add("--patience-s", type=float, default=150.0, help="start anew when nothing happened so long")
     add("--tune", action="store_true", help="look for faster configurations instead")
+    add("--candidates", type=int, help="try so many configurations of a kernel at the most")
     add("--tuned", type=Path, help="table that --tune extends (default: kernels/tuned.json)")
     add("--max-autotune", action="store_true", help="time torch.compile's slow mode too")
     add("--compiler", default="inductor", help="torch.compile's backend")
@@ -33,6 +34,18 @@ def parser() -> argparse.ArgumentParser:
         add(private, action="store_true", help=argparse.SUPPRESS)
     add("--deadline", type=float, help=argparse.SUPPRESS)
     return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the options; ``arguments`` among them are those that a person gave."""
+    given = parser()
+    options = given.parse_args(arguments)
+    if options.device == "cpu" and options.out is None:
+        given.error("--out: a rehearsal needs a folder of its own; bench/results is for GPUs")
+    options.out = options.out or RESULTS
+    private = "--worker", "--resume", "--deadline"
+    options.arguments = [a for a in arguments if not a.startswith(private)]
+    return options
 
 
 def work(options: argparse.Namespace) -> int:
@@ -51,7 +64,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     if options.device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
     if options.worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from typing import Any
 
@@ -59,15 +60,20 @@ def _card(device: torch.device) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device, revision: str | None) -> dict[str, Any]:
+def environment(device: torch.device, arguments: list[str], revision: str | None) -> dict[str, Any]:
     """Return what belongs beside every figure.
 
     Args:
         device: what the run is on.
+        arguments: of `python -m bench.gpu`.
         revision: of the sources, where they are no git tree that could say so itself.
     """
     facts = provenance(
-        device_type=device.type, cuda=torch.version.cuda, hip=torch.version.hip, **_card(device)
+        device_type=device.type,
+        cuda=torch.version.cuda,
+        hip=torch.version.hip,
+        command=shlex.join(["python", "-m", "bench.gpu", *arguments]),
+        **_card(device),
     )
     if "revision" not in facts:
         facts |= {"revision": revision, "dirty": None}

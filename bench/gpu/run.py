@@ -60,7 +60,7 @@ class Run:
         self.dtypes = ALL if on_gpu else ALL[1:]  # Triton's interpreter gets bf16 wrong
         self.suite = SUITES[options.shapes]
         self.timer = timer_for(self.device)
-        self.environment = environment(self.device, options.revision)
+        self.environment = environment(self.device, options.arguments, options.revision)
         self.left_out: list[str] = []
         self._deadline = options.deadline or time.time() + options.budget_s
         kind = (TUNED if options.tune else MEASURED) if on_gpu else REHEARSED
@@ -99,7 +99,8 @@ class Run:
                 for model, (hidden, widths) in models:
                     if rank >= len(widths) or (workload.pruned_only and rank == 0):
                         continue
-                    for tokens in dict.fromkeys(min(t, self.suite.tokens) for t in workload.tokens):
+                    for tokens in workload.tokens[: self.suite.variety]:
+                        tokens = min(tokens, self.suite.tokens)
                         yield workload, Shape(model, tokens, hidden, widths[rank], widths[0])
 
     def layers(self, workload: Workload, shape: Shape) -> speed.Layers:

@@ -27,13 +27,14 @@ class Suite:
     """What one run goes through.
 
     ``models`` has hidden size and widths, the dense one first, the half-pruned one second: the
-    order in which they are worth knowing. ``tokens`` caps a workload's tokens; ``check`` and
-    ``odd`` are shapes (tokens, hidden, width, dense) at which every dtype is checked, and
-    ``layer_bytes`` is how many bytes of weights decoding cycles through.
+    order in which they are worth knowing. ``tokens`` caps a workload's tokens, ``variety`` how many
+    numbers of them it is timed with. At ``odd`` shapes every dtype is checked. ``layer_bytes`` is
+    how many bytes of weights decoding cycles through.
     """
 
     models: dict[str, tuple[int, tuple[int, ...]]]
     tokens: int
+    variety: int
     odd: tuple[Shape, ...]
     layer_bytes: int
 
@@ -50,6 +51,7 @@ SUITES = {
             "Qwen2.5-7B": (3584, (18944, 9472, 15104, 12288)),
         },
         tokens=4096,
+        variety=4,
         odd=(
             _odd(1, 37, 53, 101),  # no stride divides by 16 bytes
             _odd(3, 136, 200, 264),  # divides by 16 bytes, by no block
@@ -63,7 +65,8 @@ SUITES = {
     ),
     "tiny": Suite(
         models={"tiny": (32, (64, 32))},
-        tokens=20,
+        tokens=17,
+        variety=1,
         odd=(_odd(1, 13, 19, 23), _odd(5, 24, 40, 56)),
         layer_bytes=2 * 3 * 32 * 64 * 2,
     ),

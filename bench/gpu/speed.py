@@ -17,6 +17,7 @@ from prunekit.measure.timing import Summary, summarise
 
 _STEADY = 0.05  # three runs in a row that differ by less are warm
 _MOST_WARMUPS = 50
+_MOST_WARMUP_S = 0.5
 
 
 class Layers:
@@ -47,12 +48,13 @@ class Layers:
 
 def warm_up(seconds: Callable[[], float]) -> int:
     """Run until three runs in a row take the same time; return how many runs it took."""
-    last: list[float] = []
-    for count in range(1, _MOST_WARMUPS + 1):
-        last = [*last[-2:], seconds()]
+    taken: list[float] = []
+    while len(taken) < _MOST_WARMUPS and sum(taken) < _MOST_WARMUP_S:
+        taken.append(seconds())
+        last = taken[-3:]
         if len(last) == 3 and max(last) <= (1 + _STEADY) * min(last):
-            return count
-    return _MOST_WARMUPS
+            break
+    return len(taken)
 
 
 def race(seconds: dict[str, Callable[[], float]], rounds: int) -> dict[str, Summary]:

@@ -38,7 +38,7 @@ def supervise(command: list[str], results: Path, patience_s: float) -> int:
         results: its file.
         patience_s: seconds without a new result after which it counts as stuck.
     """
-    results.unlink(missing_ok=True)
+    begun = time.time()
     for attempt in range(_MOST_RESTARTS + 1):
         process = subprocess.Popen([*command, "--resume"] if attempt else command)
         try:
@@ -48,8 +48,8 @@ def supervise(command: list[str], results: Path, patience_s: float) -> int:
         code = process.wait()
         if code in _VERDICTS and not stuck:
             return code
-        if not results.is_file():
-            return 1
+        if not results.is_file() or results.stat().st_mtime < begun:
+            return code or 1  # it died before it began: what lies there is of another run
         if code != LOST:  # then it wrote down the failure itself
             bury(results, stuck or f"the process ended with status {code}")
     return 1

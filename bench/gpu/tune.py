@@ -23,13 +23,13 @@ _TRIAL_ROUNDS = 7
 _FINALISTS = 2
 
 
-def candidates() -> dict[str, list[Config]]:
-    """Return what the kernels' files propose, by the kernel's name in the table."""
+def candidates(most: int | None = None) -> dict[str, list[Config]]:
+    """Return what the kernels' files propose, by the kernel's name in the table: ``most`` each."""
     found: dict[str, list[Config]] = {}
     for module in pkgutil.iter_modules(prunekit_kernels.__path__):
         loaded = importlib.import_module(f"prunekit_kernels.{module.name}")
         found |= getattr(loaded, "CANDIDATES", {})
-    return found
+    return {kernel: configs[:most] for kernel, configs in found.items()}
 
 
 class Table(dict[str, Config]):

@@ -30,7 +30,7 @@ def table_path(run: Run) -> Path:
 
 def tune_all(run: Run) -> None:
     """Tune at every shape of the models, in the order of their worth."""
-    path, proposed = table_path(run), candidates()
+    path, proposed = table_path(run), candidates(run.options.candidates)
     known = dict(tuning.table()) | (read_json(path) if path.is_file() else {})
     with Table(known).serving() as table:
         for workload, shape in run.cases():

@@ -17,7 +17,8 @@ from bench.gpu.shapes import Shape
 from prunekit import ops
 
 ALL = (torch.bfloat16, torch.float16, torch.float32)
-PROMPTS = 8
+_PROMPTS = 8
+_LEAST_PROMPT = 8  # tokens
 
 Inputs = dict[str, torch.Tensor]
 Function = Callable[..., Any]
@@ -125,8 +126,16 @@ def _with_gradient(shape: Shape, dtype: torch.dtype, generator: torch.Generator)
     return {**inputs, "dy": _normal(generator, dtype, shape.tokens, shape.hidden)}
 
 
+def _prompts(tokens: int) -> int:
+    return max(1, min(_PROMPTS, tokens // _LEAST_PROMPT))
+
+
+def _stats_bytes(shape: Shape) -> int:
+    return 4 * (_prompts(shape.tokens) + 4) * shape.width
+
+
 def _spans(tokens: int) -> torch.Tensor:
-    edges = torch.linspace(0, tokens, PROMPTS + 1).long()
+    edges = torch.linspace(0, tokens, _prompts(tokens) + 1).long()
     return torch.stack([edges[:-1], edges[1:]], dim=1)
 
 
@@ -238,7 +247,7 @@ WORKLOADS = (
         plain=plain_stats,
         outputs=("y", *_STATS),
         tokens=(4096,),
-        moved=lambda s, b: _mlp_bytes(s, b) + b * s.tokens * s.width + 4 * (PROMPTS + 4) * s.width,
+        moved=lambda s, b: _mlp_bytes(s, b) + b * s.tokens * s.width + _stats_bytes(s),
         flops=_mlp_flops,
     ),
     Workload(
@@ -251,7 +260,7 @@ WORKLOADS = (
         plain=plain_act_stats,
         outputs=_STATS,
         tokens=(4096,),
-        moved=lambda s, b: 3 * b * s.tokens * s.width + 4 * (PROMPTS + 4) * s.width,
+        moved=lambda s, b: 3 * b * s.tokens * s.width + _stats_bytes(s),
         flops=lambda shape: 0,
         rivals={"torch, h alone": lambda gate, up: F.silu(gate) * up},
     ),

@@ -1,0 +1,155 @@
+"""python -m bench.gpu.readme: the README's section on GPUs, from bench/results alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.results import MEASURED, SCHEMA
+from prunekit.errors import InputError
+from prunekit.files import read_json, replacing_file
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- gpu-table:begin -->", "<!-- gpu-table:end -->"
+
+NOT_MEASURED = """\
+**Not measured yet.** `make gpu-bench` checks and times everything on the GPU it finds and writes
+`bench/results/<device>.json`; `make gpu-table` makes this section of it, and of nothing else."""
+
+_HEAD = """\
+| | T | model | width | ms | p25-p75 | over dense | over torch | over the fastest rival | GB/s | \
+TFLOP/s | of peak |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+Entry = dict[str, Any]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read the results of a run on a GPU.
+
+    Raises:
+        InputError: the file is of another kind or schema.
+    """
+    value = read_json(path)
+    if value.get("kind") != MEASURED:
+        raise InputError(
+            f"{path}: is a {value.get('kind', 'file of unknown kind')}, expected results of kind "
+            f"{MEASURED!r}; only what a GPU measured belongs here: remove it"
+        )
+    if value.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: has schema {value.get('schema')}, expected {SCHEMA}; measure again"
+        )
+    return value
+
+
+def section(folder: Path) -> str:
+    """Return what stands between the README's markers, for the results in a folder."""
+    devices = [_device(load(path)) for path in sorted(folder.glob("*.json"))]
+    return "\n\n".join(devices) or NOT_MEASURED
+
+
+def _device(value: dict[str, Any]) -> str:
+    entries = list(value["entries"].values())
+    wrong = {(e["workload"], e["dtype"]) for e in entries if "error" in e and "workload" in e}
+    groups: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        if entry.get("kind") == "speed":
+            at = entry["workload"], entry["tokens"], entry["model"], entry["dtype"]
+            groups.setdefault(at, []).append(entry)
+    rows = [_row(group, (at[0], at[3]) in wrong) for at, group in groups.items()]
+    about = value["environment"]
+    dtypes = ", ".join(sorted({at[3] for at in groups}))
+    return "\n".join([f"**{about['device']}**, {dtypes}", "", _HEAD, *rows, "", _footer(value)])
+
+
+def _row(group: list[Entry], wrong: bool) -> str:
+    """One operation on one model: its narrowest width, against torch and against the dense one."""
+    pruned = min(group, key=lambda e: e["width"])
+    cells = [pruned["workload"], pruned["tokens"], pruned["model"], pruned["width"]]
+    if wrong or "contenders" not in pruned:
+        return _line([*cells, "fails its check", *[""] * 7])
+    contenders = pruned["contenders"]
+    ours = contenders["ours"]
+    dense = next((e for e in group if e["width"] == e["dense"] and "contenders" in e), None)
+    gain = "–"
+    if dense is not None and dense is not pruned:
+        gain = f"{dense['contenders']['ours']['median'] / ours['median']:.2f} ×"
+    rivals = {name: c["median"] for name, c in contenders.items() if name != "ours"}
+    fastest = min(rivals, key=rivals.get)
+    return _line(
+        [
+            *cells,
+            f"{ours['median'] * 1e3:.4g}",
+            f"{ours['low'] * 1e3:.4g}-{ours['high'] * 1e3:.4g}",
+            gain,
+            f"{rivals['torch'] / ours['median']:.2f} ×",
+            f"{rivals[fastest] / ours['median']:.2f} × ({fastest})",
+            f"{ours['gb_s']:.0f}",
+            f"{ours['tflop_s']:.0f}" if pruned["flops"] else "–",
+            "–" if ours["share"] is None else f"{ours['share']:.0%}",
+        ]
+    )
+
+
+def _line(cells: list[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _footer(value: dict[str, Any]) -> str:
+    about, entries = value["environment"], value["entries"].values()
+    card, versions = about["card"], about["versions"]
+    changed = {True: " with changes", False: "", None: " (no git tree)"}[about["dirty"]]
+    facts = [
+        f"driver {card['driver_version']}" if card else None,
+        f"clocks up to {card['clocks.max.sm']}" if card else None,
+        f"power limit {card['power.limit']}" if card else None,
+        f"CUDA {about['cuda']}" if about["cuda"] else None,
+        f"ROCm {about['hip']}" if about["hip"] else None,
+        f"torch {versions['torch']}",
+        f"Triton {versions['triton']}",
+        f"prunekit {about['revision'] or 'of unknown revision'}{changed}",
+        f"`{about['command']}`",
+    ]
+    failed = sum("error" in e for e in entries)
+    ends = [f"{failed} of {len(entries)} checks and timings failed." if failed else "No failures."]
+    if value.get("left_out"):
+        ends.append(f"{len(value['left_out'])} were left out for want of time.")
+    return (
+        "Medians of runs from cold caches, contenders in turn; decode in a CUDA graph over layers "
+        "that no cache holds. GB/s and TFLOP/s count what the result takes at least.\n"
+        + ", ".join(fact for fact in facts if fact)
+        + ". "
+        + " ".join(ends)
+    )
+
+
+def rewritten(readme: str, text: str) -> str:
+    """Return a README with this text between its markers.
+
+    Raises:
+        InputError: the markers are not there, once each and in order.
+    """
+    before, found, rest = readme.partition(BEGIN)
+    inside, closed, after = rest.partition(END)
+    if not found or not closed or BEGIN in inside + after or END in after:
+        raise InputError(f"README.md: expected {BEGIN} and {END}, once each and in this order")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    try:
+        text = rewritten(readme.read_text(), section(RESULTS))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with replacing_file(readme) as temporary:
+        temporary.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
