@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+from bench.gpu.ahead import compile_ahead
 from bench.gpu.shapes import SUITES
 from bench.gpu.supervise import supervise
 
 RESULTS = Path(__file__).parents[1] / "results"
+_COMPILE_AHEAD_S = 120.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,10 +31,12 @@ def parser() -> argparse.ArgumentParser:
     add("--tuned", type=Path, help="table that --tune extends (default: kernels/tuned.json)")
     add("--max-autotune", action="store_true", help="time torch.compile's slow mode too")
     add("--compiler", default="inductor", help="torch.compile's backend")
+    add("--compilers", type=int, help="processes that compile ahead (default: 8 at most)")
     add("--revision", help="of the sources, where they are no git tree")
     for private in ("--worker", "--resume"):
         add(private, action="store_true", help=argparse.SUPPRESS)
     add("--deadline", type=float, help=argparse.SUPPRESS)
+    add("--share", help=argparse.SUPPRESS)
     return parser
 
 
@@ -43,7 +47,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.device == "cpu" and options.out is None:
         given.error("--out: a rehearsal needs a folder of its own; bench/results is for GPUs")
     options.out = options.out or RESULTS
-    private = "--worker", "--resume", "--deadline"
+    if options.compilers is None:
+        options.compilers = min(8, (os.cpu_count() or 1) // 2) if options.device == "cuda" else 0
+    private = "--worker", "--resume", "--deadline", "--share"
     options.arguments = [a for a in arguments if not a.startswith(private)]
     return options
 
@@ -58,7 +64,8 @@ def work(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     run = Run(options)
     with torch.no_grad():
-        for step in (tune_all,) if options.tune else (check_all, measure_all):
+        steps = (tune_all,) if options.tune else (check_all, measure_all)
+        for step in steps[:1] if options.share else steps:
             step(run)
     return run.finish()
 
@@ -66,7 +73,7 @@ def work(options: argparse.Namespace) -> int:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     if options.device == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # the workers read it as they import triton
     if options.worker:
         return work(options)
 
@@ -78,6 +85,8 @@ def main(arguments: list[str]) -> int:
         print("python -m bench.gpu: torch sees no GPU; --device cpu rehearses", file=sys.stderr)
         return 2
     deadline = time.time() + options.budget_s
+    if not options.tune:
+        compile_ahead(arguments, options.compilers, _COMPILE_AHEAD_S)
     command = [sys.executable, "-m", "bench.gpu", *arguments, "--worker", f"--deadline={deadline}"]
     return supervise(command, results_path(options), options.patience_s)
 

@@ -86,6 +86,7 @@ def bury(path: Path, why: str) -> None:
     value = read_json(path)
     facts = value["running"]
     if facts is not None:
-        value["entries"][facts.pop("name")] = {**facts, "error": why}
+        name = facts.pop("name")
+        value["entries"][name] = {**facts, "error": why}
         value["running"] = None
         write_json(path, value)

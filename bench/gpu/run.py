@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ class Run:
         self.timer = timer_for(self.device)
         self.environment = environment(self.device, options.arguments, options.revision)
         self.left_out: list[str] = []
+        share, shares = map(int, (options.share or "0/1").split("/"))
+        self._mine = itertools.cycle(i == share for i in range(shares))
         self._deadline = options.deadline or time.time() + options.budget_s
         kind = (TUNED if options.tune else MEASURED) if on_gpu else REHEARSED
         header = {"kind": kind, "environment": self.environment}
@@ -80,7 +83,7 @@ class Run:
 
     def record(self, name: str, entry: Callable[[], dict[str, Any]], **facts: Any) -> None:
         """Do one thing and write it down, unless it was done, is not asked for, or is too late."""
-        if self.options.only not in name or name in self.results:
+        if self.options.only not in name or name in self.results or not next(self._mine):
             return
         if not self.in_time():
             self.left_out.append(name)

@@ -15,12 +15,13 @@ from typing import Any
 import prunekit_kernels
 from bench.gpu.checks import WrongError
 from bench.gpu.speed import race, warm_up
-from prunekit.measure.timing import summarise
+from prunekit.measure.timing import Summary, summarise
 from prunekit_kernels import tuning
 from prunekit_kernels.tuning import Config
 
 _TRIAL_ROUNDS = 7
 _FINALISTS = 2
+_LEAST_GAIN = 0.01  # below, the table's line is worth less than its place
 
 
 def candidates(most: int | None = None) -> dict[str, list[Config]]:
@@ -125,7 +126,7 @@ def tune(
             runs[place] = _under(kernel, config, prepare())
     summaries = race(runs, rounds)
     best = min(range(len(finalists)), key=lambda p: summaries[p].median, default=None)
-    beats = best is not None and summaries[best].high < summaries["default"].low
+    beats = best is not None and _beats(summaries[best], summaries["default"])
     found = {
         "default": default,
         "chosen": finalists[best] if beats else None,
@@ -136,6 +137,12 @@ def tune(
         "untried": untried,
     }
     return found | ({"error": "; ".join(wrong)} if wrong else {})
+
+
+def _beats(challenger: Summary, default: Summary) -> bool:
+    """Whether the quartiles lie apart, and the medians far enough to matter."""
+    gain = 1 - challenger.median / default.median
+    return challenger.high < default.low and gain >= _LEAST_GAIN
 
 
 def _under(kernel: str, config: Config, once: Callable[[], float]) -> Callable[[], float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,6 +67,7 @@ class Workload:
         rivals: further functions to time, by name.
         layered: time a stack of layers in one graph, as decoding runs them.
         pruned_only: the dense width is nothing to time.
+        kernel: the operation whose backend counts, where it is not ``op`` itself.
         slack: (tokens, dtype) -> error allowed beside twice torch's, of the largest value.
     """
 
@@ -85,7 +88,10 @@ class Workload:
     layered: bool = False
     pruned_only: bool = False
     compiled: bool = True
-    slack: Callable[[int, torch.dtype], float] = lambda tokens, dtype: torch.finfo(dtype).eps
+    slack: Callable[[int, torch.dtype], float] = lambda tokens, dtype: max(
+        torch.finfo(dtype).eps, 1e-6
+    )
+    kernel: str = ""
 
 
 def _normal(generator: torch.Generator, dtype: torch.dtype, *size: int) -> torch.Tensor:
@@ -121,6 +127,12 @@ def _indexed(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> In
     return {**_dense(shape, dtype, generator), "index": _kept(shape, generator)}
 
 
+def _layer(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    inputs = _indexed(shape, dtype, generator)
+    del inputs["x"]
+    return inputs
+
+
 def _with_gradient(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     inputs = _compact(shape, dtype, generator)
     return {**inputs, "dy": _normal(generator, dtype, shape.tokens, shape.hidden)}
@@ -134,9 +146,15 @@ def _stats_bytes(shape: Shape) -> int:
     return 4 * (_prompts(shape.tokens) + 4) * shape.width
 
 
+def _edges(tokens: int) -> list[int]:
+    prompts = _prompts(tokens)
+    return [tokens * prompt // prompts for prompt in range(prompts + 1)]
+
+
+@cache
 def _spans(tokens: int) -> torch.Tensor:
-    edges = torch.linspace(0, tokens, _prompts(tokens) + 1).long()
-    return torch.stack([edges[:-1], edges[1:]], dim=1)
+    edges = _edges(tokens)
+    return torch.tensor(list(pairwise(edges)), dtype=torch.int64)
 
 
 def _activations(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -176,7 +194,7 @@ def plain_act_stats(gate, up):
     h = (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
     value = h.to(wide)
     size = value.abs()
-    prompts = torch.stack([size[a:b].sum(0) for a, b in _spans(len(h)).tolist()])
+    prompts = torch.stack([size[a:b].sum(0) for a, b in pairwise(_edges(len(h)))])
     open_gates = (gate > 0).sum(0)
     return h, prompts, value.sum(0), value.square().sum(0), size.amax(0), open_gates
 
@@ -271,6 +289,7 @@ WORKLOADS = (
         **_MLP
         | {
             "make": _with_gradient,
+            "kernel": "gated_mlp_backward",
             "outputs": ("dx", "dgate", "dup", "ddown"),
             "moved": lambda s, b: b * (4 * s.tokens * s.hidden + 6 * s.hidden * s.width),
             "flops": lambda s: 18 * s.tokens * s.hidden * s.width,
@@ -309,6 +328,7 @@ WORKLOADS = (
         make=_rows,
         ours=lambda x, index: operation("gather_rows")(x, index),
         plain=lambda x, index: x.index_select(0, index),
+        rivals={"x[index]": lambda x, index: x[index]},
         moved=lambda s, b: 2 * b * s.width * s.hidden,
         **_GATHER,
     ),
@@ -318,7 +338,22 @@ WORKLOADS = (
         make=_columns,
         ours=lambda x, index: operation("gather_cols")(x, index),
         plain=lambda x, index: x.index_select(1, index),
+        rivals={"x[:, index]": lambda x, index: x[:, index]},
         moved=lambda s, b: b * s.hidden * (s.dense + s.width),
         **_GATHER,
+    ),
+    Workload(
+        name="layer",
+        op="compact_mlp",
+        make=_layer,
+        ours=lambda *tensors: operation("compact_mlp")(*tensors),
+        plain=lambda gate, up, down, index: (
+            gate.index_select(0, index),
+            up.index_select(0, index),
+            down.index_select(1, index),
+        ),
+        moved=lambda s, b: b * s.hidden * (s.dense + 5 * s.width),
+        kernel="compact_mlp_out",
+        **_GATHER | {"outputs": ("gate", "up", "down")},
     ),
 )

@@ -1,0 +1,43 @@
+"""Compiles the checked kernels in several processes at once, before the one that checks and times.
+
+Compiling is most of a first run, and each kernel compiles on one processor. What these processes
+compile lies in Triton's cache on disk for the run that follows; what they find is thrown away.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+
+
+def compile_ahead(arguments: list[str], processes: int, limit_s: float) -> list[int]:
+    """Run the checks in equal shares, and return the processes' exit statuses.
+
+    Args:
+        arguments: of `python -m bench.gpu`.
+        processes: how many; 0 leaves everything to the run itself.
+        limit_s: seconds after which they are ended.
+    """
+    begun = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "bench.gpu", *arguments, "--worker"]
+        started = [
+            subprocess.Popen(
+                [*command, f"--share={i}/{processes}", f"--out={folder}/{i}"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for i in range(processes)
+        ]
+        try:
+            for process in started:
+                try:
+                    process.wait(max(0.0, begun + limit_s - time.time()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+        finally:
+            for process in started:
+                process.kill()
+        return [process.wait() for process in started]
