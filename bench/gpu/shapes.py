@@ -64,10 +64,10 @@ SUITES = {
         layer_bytes=512 << 20,  # twice MI300X's last cache, ten times H100's L2
     ),
     "tiny": Suite(
-        models={"tiny": (32, (64, 32))},
+        models={"tiny": (16, (32, 16))},
         tokens=17,
         variety=1,
         odd=(_odd(1, 13, 19, 23), _odd(5, 24, 40, 56)),
-        layer_bytes=2 * 3 * 32 * 64 * 2,
+        layer_bytes=2 * 3 * 16 * 32 * 2,
     ),
 }
