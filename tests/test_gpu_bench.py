@@ -114,8 +114,10 @@ def test_a_rehearsal_writes_neither_results_nor_the_kernels_table(tmp_path, caps
     with pytest.raises(SystemExit):
         parse(["--device=cpu"])
     assert "a rehearsal needs a folder of its own" in capsys.readouterr().err
-    with pytest.raises(InputError, match="is for what GPUs measured"):
-        rehearse(tmp_path, "--tune", f"--tuned={tuning.TABLE}")
+    code, path = rehearse(tmp_path, "--tune", f"--tuned={tuning.TABLE}")
+    assert code == 2
+    assert "is for what GPUs measured; a CPU needs another file" in capsys.readouterr().err
+    assert entries_of(path) == {}
 
 
 def test_in_processes_of_its_own(tmp_path):
@@ -348,10 +350,12 @@ WORKER = """
     if "--resume" in sys.argv:
         value = json.loads(path.read_text())
         value["entries"]["after"] = {{}}
+        value["finished"] = True
         path.write_text(json.dumps(value))
         sys.exit(1)
     running = {{"name": "doomed", "op": "o"}}
-    path.write_text(json.dumps({{"running": running, "entries": {{"before": {{}}}}}}))
+    value = {{"finished": False, "running": running, "entries": {{"before": {{}}}}}}
+    path.write_text(json.dumps(value))
     {end}
 """
 
@@ -378,6 +382,14 @@ def test_a_worker_that_lost_its_gpu_is_started_again(tmp_path):
     script.write_text(textwrap.dedent(WORKER.format(path=str(path), end=f"sys.exit({LOST})")))
     assert supervise([sys.executable, "-S", str(script)], path, patience_s=10.0) == 1
     assert "after" in json.loads(path.read_text())["entries"]
+
+
+def test_a_worker_that_fails_between_entries_is_not_started_again(tmp_path):
+    path, script = tmp_path / "r.json", tmp_path / "worker.py"
+    end = "path.write_text(path.read_text().replace(json.dumps(running), 'null')); sys.exit(1)"
+    script.write_text(textwrap.dedent(WORKER.format(path=str(path), end=end)))
+    assert supervise([sys.executable, "-S", str(script)], path, patience_s=10.0) == 1
+    assert json.loads(path.read_text())["entries"] == {"before": {}}
 
 
 def test_a_worker_that_never_began_is_not_started_again(tmp_path):

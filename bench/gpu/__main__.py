@@ -11,6 +11,7 @@ from pathlib import Path
 from bench.gpu.ahead import compile_ahead
 from bench.gpu.shapes import SUITES
 from bench.gpu.supervise import supervise
+from prunekit.errors import InputError
 
 RESULTS = Path(__file__).parents[1] / "results"
 _COMPILE_AHEAD_S = 120.0
@@ -75,7 +76,11 @@ def main(arguments: list[str]) -> int:
     if options.device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # the workers read it as they import triton
     if options.worker:
-        return work(options)
+        try:
+            return work(options)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            return 2
 
     import torch
 

@@ -33,7 +33,7 @@ class Results:
 
     def __init__(self, path: Path, header: dict[str, Any], *, resume: bool):
         self.path = path
-        self.value = {"schema": SCHEMA, **header, "running": None, "entries": {}}
+        self.value = {"schema": SCHEMA, **header, "finished": False, "running": None, "entries": {}}
         if resume and path.is_file():
             self.value = read_json(path)
         self._write()
@@ -81,12 +81,14 @@ class Results:
         return [name for name, entry in self.value["entries"].items() if "error" in entry]
 
 
-def bury(path: Path, why: str) -> None:
-    """Write down as failed what was running when a process ended or stopped answering."""
+def bury(path: Path, why: str) -> bool:
+    """Write down as failed what was running when a process ended; return whether something was."""
     value = read_json(path)
     facts = value["running"]
-    if facts is not None:
-        name = facts.pop("name")
-        value["entries"][name] = {**facts, "error": why}
-        value["running"] = None
-        write_json(path, value)
+    if facts is None:
+        return False
+    name = facts.pop("name")
+    value["entries"][name] = {**facts, "error": why}
+    value["running"] = None
+    write_json(path, value)
+    return True

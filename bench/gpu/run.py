@@ -113,7 +113,9 @@ class Run:
 
     def finish(self) -> int:
         """Write down what was left out, tell what failed, and return the exit status."""
-        self.results.update(left_out=self.left_out, card_after=card_state(self.device))
+        self.results.update(
+            left_out=self.left_out, card_after=card_state(self.device), finished=True
+        )
         failed = self.results.failed
         print(
             f"{self.results.path}: {len(self.results.value['entries'])} entries, "

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from bench.gpu.results import bury
+from prunekit.files import read_json
 
 LOST = 75  # the worker's exit status after the GPU stopped answering it
-_VERDICTS = (0, 1, 2)
 _MOST_RESTARTS = 20
 
 
@@ -46,10 +46,13 @@ def supervise(command: list[str], results: Path, patience_s: float) -> int:
         finally:
             process.kill()  # no worker outlives an interrupted supervisor
         code = process.wait()
-        if code in _VERDICTS and not stuck:
-            return code
         if not results.is_file() or results.stat().st_mtime < begun:
             return code or 1  # it died before it began: what lies there is of another run
-        if code != LOST:  # then it wrote down the failure itself
-            bury(results, stuck or f"the process ended with status {code}")
+        if read_json(results)["finished"]:
+            return code
+        # After LOST the worker has written the failure itself; otherwise, where nothing was
+        # running, the next one would only end in the same way.
+        why = stuck or f"the process ended with status {code}"
+        if code != LOST and not bury(results, why):
+            return 1
     return 1

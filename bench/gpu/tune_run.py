@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from bench.gpu import checks
 from bench.gpu.run import Run, dtype_name, facts
@@ -35,8 +39,31 @@ def tune_all(run: Run) -> None:
     with Table(known).serving() as table:
         for workload, shape in run.cases():
             name = f"tune {workload.name} {dtype_name(run.dtypes[0])} {shape}"
-            if run.options.only in name and name not in run.results.failed and run.in_time():
+            if run.options.only in name and name not in run.results.failed:
                 _tune_case(run, name, workload, shape, table, proposed, path)
+
+
+class _Case:
+    """What tuning a workload at a shape needs: its inputs, and the results they should give."""
+
+    def __init__(self, run: Run, workload: Workload, shape: Shape):
+        self.run, self.workload, self.shape, self.dtype = run, workload, shape, run.dtypes[0]
+        checks.served_by(workload, run.device)
+        self.inputs = checks.inputs_of(workload, shape, self.dtype, run.device)
+        self.exact = checks.exact(workload, self.inputs)
+        self.theirs = checks.outputs(workload, workload.plain, self.inputs)
+        self.layers = run.layers(workload, shape)
+
+    def ours(self) -> list[torch.Tensor]:
+        return checks.outputs(self.workload, self.workload.ours, self.inputs)
+
+    def check(self) -> None:
+        given = self.workload, self.shape.tokens, self.dtype
+        checks.compare(*given, self.ours(), self.theirs, self.exact)
+
+    def prepare(self) -> Callable[[], float]:
+        runner = self.layers.runner(self.workload.ours, self.run.timer)
+        return lambda: self.layers.seconds(runner, self.run.timer)
 
 
 def _tune_case(
@@ -48,49 +75,35 @@ def _tune_case(
     proposed: dict[str, list[Config]],
     path: Path,
 ) -> None:
-    dtype = run.dtypes[0]
-    about = facts("tune", workload, shape, dtype)
+    about = facts("tune", workload, shape, run.dtypes[0])
+    cases: list[_Case] = []
     asked: dict[str, Config] = {}
 
     def ask() -> dict[str, list[str]]:
-        inputs = checks.inputs_of(workload, shape, dtype, run.device)
-        checks.served_by(workload, run.device)
-        asked.update(table.asked_by(lambda: checks.outputs(workload, workload.ours, inputs)))
+        case = _Case(run, workload, shape)
+        asked.update(table.asked_by(case.ours))
+        cases.append(case)
         return {"asked": list(asked)}
-
-    run.results.forget(name)  # what is asked depends on the table, which has grown since
-    run.record(name, ask, **about)
-    done = {entry.get("key") for entry in run.results.value["entries"].values()}
-    todo = [key for key in asked if key.split()[0] in proposed and key not in done]
-    if not todo:
-        return
-
-    inputs = checks.inputs_of(workload, shape, dtype, run.device)
-    layers = run.layers(workload, shape)
-    wanted = checks.exact(workload, inputs)
-    theirs = checks.outputs(workload, workload.plain, inputs)
-
-    def check() -> None:
-        ours = checks.outputs(workload, workload.ours, inputs)
-        checks.compare(workload, shape.tokens, dtype, ours, theirs, wanted)
-
-    def prepare():
-        runner = layers.runner(workload.ours, run.timer)
-        return lambda: layers.seconds(runner, run.timer)
 
     def another() -> bool:
         run.results.touch()
         return run.in_time()
 
-    for key in todo:
+    run.results.forget(name)  # what is asked depends on the table, which has grown since
+    run.record(name, ask, **about)
+    done = {entry.get("key") for entry in run.results.value["entries"].values()}
+    for case, key in itertools.product(cases, asked):
+        kernel = key.split()[0]
+        if kernel not in proposed or key in done:
+            continue
         run.record(
             f"{name}: {key}",
-            lambda key=key: tune(
+            lambda case=case, key=key, kernel=kernel: tune(
                 key,
                 asked[key],
-                proposed[key.split()[0]],
-                check=check,
-                prepare=prepare,
+                proposed[kernel],
+                check=case.check,
+                prepare=case.prepare,
                 alive=run.timer.alive,
                 another=another,
                 rounds=run.options.rounds,
