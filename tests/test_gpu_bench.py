@@ -15,11 +15,11 @@ import torch
 pytest.importorskip("triton")
 
 from bench.gpu.__main__ import main, parse
-from bench.gpu.checks import WrongError, check
+from bench.gpu.checks import check, inputs_of
 from bench.gpu.environment import parse_smi
 from bench.gpu.peaks import peak_of, rates
 from bench.gpu.readme import NOT_MEASURED, RESULTS, ROOT, load, rewritten, section
-from bench.gpu.results import MEASURED, REHEARSED, Results, safe_name
+from bench.gpu.results import MEASURED, REHEARSED, Results, WrongError, safe_name
 from bench.gpu.run import Run
 from bench.gpu.shapes import SUITES, Shape
 from bench.gpu.speed import race, warm_up
@@ -33,6 +33,7 @@ from prunekit_kernels import tuning
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 CPU = torch.device("cpu")
+ODD = Shape("odd", 9, 16, 12, 24)
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 
 
@@ -149,9 +150,23 @@ def test_shares_are_disjoint_and_whole(tmp_path):
     assert not shares[0] & shares[1]
 
 
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w.compiled], ids=lambda w: w.name)
+def test_torch_compiles_the_plain_form_whole(workload):
+    """Or the rival would be a slower program than torch.compile can make."""
+    torch._dynamo.reset()
+    inputs = inputs_of(workload, ODD, torch.float32, CPU)
+    compiled = torch.compile(workload.plain, backend="eager", fullgraph=True)
+    workload.run(compiled, inputs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_no_run(capsys):
+    assert main([]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
 # What a check has to catch.
 
-ODD = Shape("odd", 9, 16, 12, 24)
 SHIFTED = replace(BY_NAME["columns"], ours=lambda x, index: x[:, (index + 1) % x.shape[1]])
 UNWRITTEN = replace(BY_NAME["rows"], ours=lambda x, index: x.new_empty(len(index), x.shape[1]))
 CUT = replace(BY_NAME["rows"], ours=lambda x, index: x[index[:-1]])
@@ -448,9 +463,16 @@ def test_the_table_gives_no_figures_of_what_fails_a_check(rehearsal, tmp_path):
     def fail(value):
         value["entries"]["check prefill float16 odd T=1 13x19"]["error"] = "y: error 1"
 
+        for name, why in (("gram", "bench.gpu.results.WrongError: 1"), ("columns", "no memory")):
+            entry = next(e for n, e in value["entries"].items() if f"speed {name}" in n)
+            entry["error"] = why
+            entry.pop("contenders")
+
     rows = rows_of(measured(rehearsal, tmp_path, fail)[1])
     assert rows["prefill"][4] == "fails its check"
     assert "×" not in " ".join(rows["prefill"])
+    assert rows["gram"][4] == "fails its check"  # at another width than the one that is shown
+    assert rows["columns"][4] == "failed"
     assert "×" in " ".join(rows["decode"])
 
 

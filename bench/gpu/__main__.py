@@ -90,7 +90,8 @@ def main(arguments: list[str]) -> int:
         print("python -m bench.gpu: torch sees no GPU; --device cpu rehearses", file=sys.stderr)
         return 2
     deadline = time.time() + options.budget_s
-    if not options.tune:
+    if options.compilers and not options.tune:
+        print(f"compiling ahead in {options.compilers} processes", flush=True)
         compile_ahead(arguments, options.compilers, _COMPILE_AHEAD_S)
     command = [sys.executable, "-m", "bench.gpu", *arguments, "--worker", f"--deadline={deadline}"]
     return supervise(command, results_path(options), options.patience_s)

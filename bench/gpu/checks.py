@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.results import WrongError
 from bench.gpu.shapes import Shape
 from bench.gpu.timer import Timer
 from bench.gpu.workloads import (
@@ -24,10 +25,6 @@ from prunekit.ops import backends, forced_backend
 from prunekit.ops.registry import OPERATIONS
 
 _COUNTS = 2.0  # gates so near 0 that fp32 and fp64 disagree on their sign
-
-
-class WrongError(AssertionError):
-    """A result is further from the exact one than twice torch's own."""
 
 
 def inputs_of(workload: Workload, shape: Shape, dtype: torch.dtype, device, seed=0) -> Inputs:

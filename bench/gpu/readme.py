@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.results import MEASURED, SCHEMA
+from bench.gpu.results import MEASURED, SCHEMA, WrongError
 from prunekit.errors import InputError
 from prunekit.files import read_json, replacing_file
 
@@ -53,7 +53,7 @@ def section(folder: Path) -> str:
 
 def _device(value: dict[str, Any]) -> str:
     entries = list(value["entries"].values())
-    wrong = {(e["workload"], e["dtype"]) for e in entries if "error" in e and "workload" in e}
+    wrong = {(e["workload"], e["dtype"]) for e in entries if _is_wrong(e)}
     groups: dict[tuple, list[Entry]] = {}
     for entry in entries:
         if entry.get("kind") == "speed":
@@ -65,12 +65,18 @@ def _device(value: dict[str, Any]) -> str:
     return "\n".join([f"**{about['device']}**, {dtypes}", "", _HEAD, *rows, "", _footer(value)])
 
 
+def _is_wrong(entry: Entry) -> bool:
+    """Whether an operation failed a check; that memory ran out, say, is a failure of one timing."""
+    error = entry.get("error", "")
+    return bool(error) and (entry.get("kind") == "check" or WrongError.__name__ in error)
+
+
 def _row(group: list[Entry], wrong: bool) -> str:
     """One operation on one model: its narrowest width, against torch and against the dense one."""
     pruned = min(group, key=lambda e: e["width"])
     cells = [pruned["workload"], pruned["tokens"], pruned["model"], pruned["width"]]
     if wrong or "contenders" not in pruned:
-        return _line([*cells, "fails its check", *[""] * 7])
+        return _line([*cells, "fails its check" if wrong else "failed", *[""] * 7])
     contenders = pruned["contenders"]
     ours = contenders["ours"]
     dense = next((e for e in group if e["width"] == e["dense"] and "contenders" in e), None)
@@ -119,7 +125,8 @@ def _footer(value: dict[str, Any]) -> str:
         ends.append(f"{len(value['left_out'])} were left out for want of time.")
     return (
         "Medians of runs from cold caches, contenders in turn; decode in a CUDA graph over layers "
-        "that no cache holds. GB/s and TFLOP/s count what the result takes at least.\n"
+        "that no cache holds. × is how many times as long the other takes, dense being prunekit's "
+        "own at the model's full width; GB/s and TFLOP/s count what the result takes at least.\n\n"
         + ", ".join(fact for fact in facts if fact)
         + ". "
         + " ".join(ends)

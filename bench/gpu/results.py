@@ -15,6 +15,10 @@ SCHEMA = 1
 MEASURED, TUNED, REHEARSED = "gpu", "gpu tuning", "rehearsal on a CPU"
 
 
+class WrongError(AssertionError):
+    """A result is further from the exact one than twice torch's own."""
+
+
 def safe_name(device: str) -> str:
     """Return a device's name as a file's: letters, digits and hyphens."""
     return re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import prunekit_kernels
-from bench.gpu.checks import WrongError
+from bench.gpu.results import WrongError
 from bench.gpu.speed import race, warm_up
 from prunekit.measure.timing import Summary, summarise
 from prunekit_kernels import tuning

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -146,15 +145,14 @@ def _stats_bytes(shape: Shape) -> int:
     return 4 * (_prompts(shape.tokens) + 4) * shape.width
 
 
-def _edges(tokens: int) -> list[int]:
+def _prompt_rows(tokens: int) -> list[tuple[int, int]]:
     prompts = _prompts(tokens)
-    return [tokens * prompt // prompts for prompt in range(prompts + 1)]
+    return [(tokens * p // prompts, tokens * (p + 1) // prompts) for p in range(prompts)]
 
 
 @cache
 def _spans(tokens: int) -> torch.Tensor:
-    edges = _edges(tokens)
-    return torch.tensor(list(pairwise(edges)), dtype=torch.int64)
+    return torch.tensor(_prompt_rows(tokens), dtype=torch.int64)
 
 
 def _activations(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -194,7 +192,7 @@ def plain_act_stats(gate, up):
     h = (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
     value = h.to(wide)
     size = value.abs()
-    prompts = torch.stack([size[a:b].sum(0) for a, b in pairwise(_edges(len(h)))])
+    prompts = torch.stack([size[a:b].sum(0) for a, b in _prompt_rows(len(h))])
     open_gates = (gate > 0).sum(0)
     return h, prompts, value.sum(0), value.square().sum(0), size.amax(0), open_gates
 
