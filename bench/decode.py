@@ -60,7 +60,9 @@ def measure(name: str, hidden: int, width: int, dtype: torch.dtype, rounds: int)
 
     for tokens in TOKENS:
         x = torch.randn(tokens, hidden).to(dtype)
-        torch.testing.assert_close(ours[0](x), theirs[0](x), rtol=0.05, atol=0.02)
+        got, want = ours[0](x), theirs[0](x)
+        scale = want.float().std().item()  # two roundings to bf16 differ by some hundredths of it
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * scale)
         cases = {"theirs": cycle(theirs, x), "ours": cycle(ours, x), "read": read}
         seconds = {k: summarise(v) for k, v in interleave(cases, rounds, warmup=1).items()}
         us = {k: 1e6 * s.median / len(theirs) for k, s in seconds.items()}
