@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test test-all lint bench gpu-bench gpu-tune gpu-table clean
+.PHONY: help demo test test-all lint audit bench gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test      the tests that every change must pass, in minutes"
 	@echo "make test-all  those and the slow ones"
 	@echo "make lint      ruff check and ruff format --check"
+	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
 	@echo "make bench     measure the operations and the main job on this machine"
 	@echo "make gpu-bench check and time every operation on this machine's GPU, in 9 minutes"
 	@echo "make gpu-tune  look for faster configurations of the kernels on this machine's GPU"
@@ -50,6 +51,9 @@ test-all: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+audit: $(VENV)/.ready
+	$(BIN)/python -m bench.audit
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.gathers

@@ -1,0 +1,141 @@
+"""What is audited: each operation's Triton kernels, at the widths that pruning leaves.
+
+A case runs the host function on meta tensors, so the audit sees the launches that a model would
+make, and nothing here has to know a block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.audit.specialise import ARCHITECTURES, Specialisation, specialise
+from prunekit.ops import activation_code
+from prunekit.plan import kept_width
+from prunekit_kernels import gated_act_stats
+from prunekit_kernels.launch import recorded
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SPARSITIES = (0.0, 0.20, 0.35, 0.50)
+MULTIPLE_OF = 128
+PREFILL_TOKENS = 2048
+SILU = activation_code("silu")
+
+
+@dataclass(frozen=True)
+class Model:
+    """D and the dense F of a model's MLPs."""
+
+    name: str
+    hidden_size: int
+    dense_width: int
+
+    def kept(self, sparsity: float) -> int:
+        """The width that pruning leaves, rounded as plans for GPUs are."""
+        return kept_width(self.dense_width, sparsity, MULTIPLE_OF)
+
+
+MODELS = (
+    Model("Qwen2.5-1.5B", 1536, 8960),
+    Model("Qwen2.5-7B", 3584, 18944),
+    Model("Llama-3-8B", 4096, 14336),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One MLP, pruned, on meta tensors of its dtype."""
+
+    model: Model
+    width: int
+    dtype: torch.dtype
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden = self.model.hidden_size
+        up = self.empty(self.width, hidden)
+        return self.empty(self.width, hidden), up, self.empty(hidden, self.width)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation with its number of tokens.
+
+    ``run`` calls the host function. ``products`` names the kernels that must use tensor cores,
+    ``narrow`` those that may load less than 128 bits a thread, each with its reason. ``cost`` gives
+    bytes and FLOPs of tokens, D and F at 2 bytes an element: the floor, not what a kernel does.
+    """
+
+    operation: str
+    tokens: int
+    run: Callable[[Problem, int], object]
+    cost: Callable[[int, int, int], tuple[float, float]]
+    products: frozenset[str] = frozenset()
+    narrow: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return (
+            self.operation if self.tokens == PREFILL_TOKENS else f"{self.operation}@{self.tokens}"
+        )
+
+
+def _spans(tokens: int, prompts: int = 16) -> torch.Tensor:
+    edges = torch.linspace(0, tokens, prompts + 1).long()
+    return torch.stack([edges[:-1], edges[1:]], dim=1)
+
+
+def _gated_act_stats(problem: Problem, tokens: int) -> None:
+    gate = problem.empty(tokens, problem.width)
+    gated_act_stats.gated_act_stats_triton(gate, torch.empty_like(gate), _spans(tokens), SILU)
+
+
+CASES = (
+    Case(
+        "gated_act_stats",
+        PREFILL_TOKENS,
+        _gated_act_stats,
+        cost=lambda t, d, f: (3 * 2 * t * f, 0),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One specialisation, and the case, model, sparsity and dtype that lead to it."""
+
+    case: Case
+    specialisation: Specialisation
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """What budgets and tables call it: case, kernel, architecture, dtype."""
+        name = self.specialisation.name
+        what = self.case.name if name == self.case.operation else f"{self.case.name}/{name}"
+        return f"{what} {self.specialisation.arch} {self.dtype}"
+
+
+def problems(dtype: torch.dtype) -> Iterator[Problem]:
+    for model in MODELS:
+        for sparsity in SPARSITIES:
+            yield Problem(model, model.kept(sparsity), dtype)
+
+
+def find(cases=CASES, architectures=ARCHITECTURES, dtypes=DTYPES) -> list[Found]:
+    """Return every different specialisation of the matrix, in its order."""
+    found: dict[tuple[str, str], Found] = {}
+    for case in cases:
+        for arch in architectures:
+            for dtype, torch_dtype in dtypes.items():
+                for problem in problems(torch_dtype):
+                    with recorded(arch) as launches:
+                        case.run(problem, case.tokens)
+                    for launch in launches:
+                        one = Found(case, specialise(launch, arch), dtype)
+                        found.setdefault((one.key, one.specialisation.key), one)
+    return list(found.values())
