@@ -7,14 +7,19 @@ make, and nothing here has to know a block size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from bench.audit.specialise import ARCHITECTURES, Specialisation, specialise
 from prunekit.ops import activation_code
 from prunekit.plan import kept_width
-from prunekit_kernels import gated_act_stats
+from prunekit_kernels.gated_act_stats import gated_act_stats_triton
+from prunekit_kernels.gated_mlp_backward import gated_mlp_backward
+from prunekit_kernels.gated_mlp_decode import gated_mlp_decode
+from prunekit_kernels.gated_mlp_indexed import gated_mlp_indexed_triton
+from prunekit_kernels.gated_mlp_prefill import gated_mlp_prefill, gated_mlp_prefill_stats
+from prunekit_kernels.gram_update import gram_update_triton
 from prunekit_kernels.launch import recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,6 +27,8 @@ SPARSITIES = (0.0, 0.20, 0.35, 0.50)
 MULTIPLE_OF = 128
 PREFILL_TOKENS = 2048
 SILU = activation_code("silu")
+
+Cost = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Case:
     operation: str
     tokens: int
     run: Callable[[Problem, int], object]
-    cost: Callable[[int, int, int], tuple[float, float]]
+    cost: Callable[[int, int, int], Cost]
     products: frozenset[str] = frozenset()
     narrow: dict[str, str] = field(default_factory=dict)
 
@@ -91,15 +98,84 @@ def _spans(tokens: int, prompts: int = 16) -> torch.Tensor:
 
 def _gated_act_stats(problem: Problem, tokens: int) -> None:
     gate = problem.empty(tokens, problem.width)
-    gated_act_stats.gated_act_stats_triton(gate, torch.empty_like(gate), _spans(tokens), SILU)
+    gated_act_stats_triton(gate, torch.empty_like(gate), _spans(tokens), SILU)
 
+
+def _prefill(problem: Problem, tokens: int) -> None:
+    x = problem.empty(tokens, problem.model.hidden_size)
+    gated_mlp_prefill(x, *problem.weights(), None, None, None, SILU)
+
+
+def _prefill_stats(problem: Problem, tokens: int) -> None:
+    x = problem.empty(tokens, problem.model.hidden_size)
+    gated_mlp_prefill_stats(x, *problem.weights(), None, None, None, _spans(tokens), SILU)
+
+
+def _decode(problem: Problem, tokens: int) -> None:
+    x = problem.empty(tokens, problem.model.hidden_size)
+    gated_mlp_decode(x, *problem.weights(), None, None, None, SILU)
+
+
+def _indexed(problem: Problem, tokens: int) -> None:
+    x = problem.empty(tokens, problem.model.hidden_size)
+    weights = replace(problem, width=problem.model.dense_width).weights()
+    index = problem.empty(problem.width, dtype=torch.int32)
+    gated_mlp_indexed_triton(x, *weights, index, None, None, None, SILU)
+
+
+def _gram_update(problem: Problem, tokens: int) -> None:
+    gram = problem.empty(problem.width, problem.width, dtype=torch.float32)
+    gram_update_triton(gram, problem.empty(tokens, problem.width))
+
+
+def _backward(problem: Problem, tokens: int) -> None:
+    x = problem.empty(tokens, problem.model.hidden_size)
+    grad_y = torch.empty_like(x)
+    gated_mlp_backward(grad_y, x, *problem.weights(), None, None, SILU, (True,) * 7)
+
+
+def _mlp_cost(t: int, d: int, f: int) -> Cost:
+    return 2 * (3 * d * f + 2 * t * d), 6 * t * d * f
+
+
+def _prefill_cost(t: int, d: int, f: int) -> Cost:
+    moved, flops = _mlp_cost(t, d, f)
+    return moved + 2 * (2 * t * f), flops  # h, written by one product and read by the other
+
+
+_DUAL = frozenset({"dual_product", "down_product"})
+_DECODE = frozenset({"decode_hidden", "decode_down"})
+_INDEXED = frozenset({"indexed_hidden", "indexed_down"})
+_NARROW = {"decode_combine": "its workspace is under a hundredth of the weights' bytes"}
 
 CASES = (
     Case(
         "gated_act_stats",
         PREFILL_TOKENS,
         _gated_act_stats,
-        cost=lambda t, d, f: (3 * 2 * t * f, 0),
+        cost=lambda t, d, f: (2 * 3 * t * f, 0),
+    ),
+    Case("gated_mlp_prefill", PREFILL_TOKENS, _prefill, _prefill_cost, _DUAL),
+    Case("gated_mlp_prefill_stats", PREFILL_TOKENS, _prefill_stats, _prefill_cost, _DUAL),
+    # A single token is no matrix: sums in fp32, without tensor cores.
+    Case("gated_mlp_decode", 1, _decode, _mlp_cost, narrow=_NARROW),
+    Case("gated_mlp_decode", 8, _decode, _mlp_cost, _DECODE, _NARROW),
+    Case("gated_mlp_indexed", 8, _indexed, _mlp_cost, _INDEXED, _NARROW),
+    Case("gated_mlp_indexed", PREFILL_TOKENS, _indexed, _prefill_cost, _INDEXED),
+    Case(
+        "gram_update",
+        PREFILL_TOKENS,
+        _gram_update,
+        cost=lambda t, d, f: (2 * t * f + 4 * f * f, t * f * f),
+        products=frozenset({"gram_update"}),
+    ),
+    Case(
+        "gated_mlp_backward",
+        PREFILL_TOKENS,
+        _backward,
+        # Weights and their gradients; grad_y, x and its gradient; dg, du and h written and read.
+        cost=lambda t, d, f: (2 * (6 * d * f + 3 * t * d + 6 * t * f), 18 * t * d * f),
+        products=frozenset({"backward_hidden", "grad_x", "grad_weight"}),
     ),
 )
 

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-SECTOR = 32
+from bench.audit.formulas import SECTOR
+
 _GAP = 1 << 18  # bytes around each tensor
 _FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}
 

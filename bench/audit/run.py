@@ -9,7 +9,7 @@ from pathlib import Path
 
 import triton
 
-from bench.audit import budgets, table, traffic
+from bench.audit import budgets, cuda, table, traffic
 from bench.audit.cases import find
 from bench.audit.compile import CACHE, compile_all
 
@@ -33,10 +33,12 @@ def run(arguments: list[str]) -> int:
     found = find()
     figures, errors = compile_all((one.specialisation for one in found), options.cache)
     rows = budgets.rows(found, figures)
+    gathers = cuda.rows(options.cache)
     moved = traffic.finish(metering)
 
     print(f"Triton {triton.__version__}, {len(found)} specialisations, {len(rows)} rows\n")
     print(table.machine_code(rows), "\n")
+    print(cuda.table(gathers), "\n")
     print(table.traffic(moved), "\n")
     print(table.bounds(), "\n")
 
@@ -45,6 +47,7 @@ def run(arguments: list[str]) -> int:
          if one.specialisation.key in errors}
     )  # fmt: skip
     wrong += budgets.absolute(rows)
+    wrong += cuda.findings(gathers)
     wrong += [line for result in moved for line in result.findings()]
     wrong += _hold(rows, options.update)
     for line in wrong:

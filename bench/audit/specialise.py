@@ -1,7 +1,8 @@
 """From a recorded launch to exactly what Triton's runtime would compile for it.
 
 Which arguments become constants and which are known to be multiples of 16 is decided by Triton's
-own functions, those that `kernel[grid](...)` calls; only the driver, which wants a GPU, is left out.
+own functions, those that `kernel[grid](...)` calls; only its driver, which wants a GPU, is left
+out.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from bench.audit.binary import load_rank
@@ -15,7 +16,7 @@ _NAMED_SPARSITY = 0.35
 
 
 def aligned(heading: Sequence[str], lines: Iterable[Sequence[str]], left: int) -> str:
-    """Return rows in columns, the first ``left`` of them to the left and the others to the right."""
+    """Return rows in columns, the first ``left`` flush left and the others flush right."""
     table = [heading, *lines]
     widths = [max(len(row[i]) for row in table) for i in range(len(heading))]
 
@@ -30,9 +31,11 @@ def aligned(heading: Sequence[str], lines: Iterable[Sequence[str]], left: int) -
 
 
 def _mma(opcodes: str) -> str:
-    """Shorten to the name and the shape, as in HGMMA.64x64x16."""
+    """Shorten to the name and the shape, as in HGMMA.64x64x16 and mfma.32x32x8."""
     return " ".join(
-        opcode if opcode.startswith("v_") else ".".join(opcode.split(".")[:2])
+        ".".join(opcode.split(".")[:2])
+        if not opcode.startswith("v_")
+        else re.sub(r"v_mfma_f32_(\d+x\d+x\d+).*", r"mfma.\1", opcode)
         for opcode in opcodes.split()
     )
 
@@ -46,40 +49,48 @@ def _machine_line(row: Row) -> tuple[str, ...]:
     figures = max(row.figures, key=lambda f: f.registers)
     one = row.found[row.figures.index(figures)]
     budget = row.budget
-    kernel, arch, dtype = row.key.split()
     others = f" +{len(row.found) - 1}" if len(row.found) > 1 else ""
     return (
-        kernel,
-        arch,
-        dtype,
+        f"  {one.specialisation.name}",
+        one.specialisation.arch,
         one.specialisation.config + others,
         _mma(budget["mma"]),
         _loads(figures.loads),
-        str(budget["registers"]),
-        str(budget["spills"]),
-        str(budget["shared"]),
-        str(budget["blocks"]),
+        *(str(budget[name]) for name in ("registers", "spills", "shared", "blocks")),
     )
 
 
 def machine_code(rows: Iterable[Row]) -> str:
-    """One line for each kernel, architecture and dtype; equal lines of two dtypes share one."""
-    lines: dict[tuple[str, ...], str] = {}
-    for name, arch, dtype, *rest in map(_machine_line, rows):
-        place = (name, arch, *rest)
-        lines[place] = f"{lines[place]} {dtype}" if place in lines else dtype
-    heading = "kernel arch dtype config MMA loads registers spills shared blocks".split()
-    return aligned(
-        heading, [(n, a, dtype, *rest) for (n, a, *rest), dtype in lines.items()], left=6
-    )
+    """One line for each kernel and architecture; dtypes with equal figures share it.
+
+    A key's binaries are shown at the worst of each figure, with the configuration and the loads of
+    the one that takes most registers; ``+1`` says that there is another.
+    """
+    lines: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for row in rows:
+        place = row.found[0].case.name, _machine_line(row)
+        lines.setdefault(place, []).append(row.found[0].dtype)
+    table, last = [], ""
+    order = list(dict.fromkeys((case, line[0]) for case, line in lines))
+    by_kernel = sorted(lines.items(), key=lambda item: order.index((item[0][0], item[0][1][0])))
+    for (case, (kernel, arch, *rest)), dtypes in by_kernel:
+        if case != last:
+            table.append((case, *[""] * 9))
+        table.append((kernel, arch, " ".join(dtypes), *rest))
+        last = case
+    figures = ("registers", "spills", "shared", "blocks")
+    heading = ("kernel", "arch", "dtype", "config", "MMA", "loads", *figures)
+    return aligned(heading, table, left=6)
 
 
 def traffic(results: Iterable[Result]) -> str:
     """What was moved against the formula, for each metered run."""
-    heading = ("operation", "config of", "shape", "moved", "ideal", "ratio", "limit", "strays")
+    figures = ("moved", "ideal", "moved/ideal", "at most", "strays")
+    heading = ("operation", "kernel", "config of", "shape, fp16", *figures)
     lines = [
         (
             r.operation,
+            r.kernel,
             r.arch,
             r.shape,
             f"{r.moved:,}",
@@ -90,7 +101,7 @@ def traffic(results: Iterable[Result]) -> str:
         )
         for r in results
     ]
-    return aligned(heading, lines, left=3)
+    return aligned(heading, lines, left=4)
 
 
 def bounds() -> str:
@@ -102,7 +113,7 @@ def bounds() -> str:
         each = [predicted_bound(card, moved, flops) for card in CARDS]
         lines.append(
             (
-                case.operation,
+                case.name,
                 *(f"{b.seconds * 1e6:.1f} µs ({b.binds})" for b in each),
                 str(case.tokens),
                 f"{moved / 1e6:.1f}",
