@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,9 @@ import triton
 import triton.language as tl
 
 from bench.audit import budgets, cuda
-from bench.audit.binary import Figures
-from bench.audit.formulas import STREAMING, nbytes
+from bench.audit.binary import Figures, load_rank
+from bench.audit.budgets import FOLDER
+from bench.audit.formulas import FORMULAS, STREAMING, nbytes
 from bench.audit.meter import apart, metered
 from bench.audit.occupancy import blocks_per_multiprocessor
 from bench.audit.traffic import Run, meter
@@ -165,6 +167,19 @@ def test_a_row_is_judged_by_its_worst_binary():
     one = row()
     both = replace(one, figures=(FIGURES, replace(FIGURES, registers=90, blocks=1, loads={})))
     assert both.budget == {**one.budget, "blocks": 1, "load": ""}
+
+
+def test_loads_are_ordered_by_bits_then_by_whether_threads_wait():
+    names = ["LDG.128", "LDGSTS.64", "UTMALDG.2D", "", "LDGSTS.128", "load.64", "LDG.16"]
+    widest_last = ["", "LDG.16", "load.64", "LDGSTS.64", "LDG.128", "LDGSTS.128", "UTMALDG.2D"]
+    assert sorted(names, key=load_rank) == widest_last
+
+
+def test_every_kernel_is_audited():
+    sources = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    kernels = set(re.findall(r"^def _(\w+)_kernel\(", sources, re.MULTILINE))
+    keys = [key.split()[0] for key in budgets.read(FOLDER / "triton-3.9.json")]
+    assert kernels == set(FORMULAS) == {key.split("/")[-1] for key in keys}
 
 
 def test_rules_that_need_no_budget():

@@ -56,7 +56,7 @@ def load_bits(name: str) -> int:
 
 def load_rank(name: str) -> tuple[int, bool]:
     """Return what orders loads: their bits, then whether they go straight to shared memory."""
-    return load_bits(name), "LDS" in name or name.startswith("UTMA")
+    return load_bits(name), name.startswith(("LDGSTS", "loadLDS"))
 
 
 def analyse(compiled) -> Figures:

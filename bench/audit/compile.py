@@ -17,7 +17,7 @@ from bench.audit import binary, occupancy
 from bench.audit.binary import Figures
 from bench.audit.specialise import Specialisation, target_of
 
-CACHE = Path("build/audit")
+CACHE = Path(__file__).parents[2] / "build" / "audit"
 _WORKERS = 2
 
 # What the workers, which are forked, find here: kernels cannot be sent to another process.
@@ -37,7 +37,8 @@ def _compile(index: int) -> tuple[int, Figures | str]:
 
 def _place(work: Specialisation, cache: Path) -> Path:
     readers = b"".join(Path(module.__file__).read_bytes() for module in (binary, occupancy))
-    return cache / (hashlib.sha256(work.key.encode() + readers).hexdigest() + ".json")
+    made_from = f"{triton.__version__}-{work.key}".encode() + readers
+    return cache / (hashlib.sha256(made_from).hexdigest() + ".json")
 
 
 def compile_all(

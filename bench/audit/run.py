@@ -37,10 +37,11 @@ def run(arguments: list[str]) -> int:
     moved = traffic.finish(metering)
 
     print(f"Triton {triton.__version__}, {len(found)} specialisations, {len(rows)} rows\n")
-    print(table.machine_code(rows), "\n")
-    print(cuda.table(gathers), "\n")
-    print(table.traffic(moved), "\n")
-    print(table.bounds(), "\n")
+    print(table.machine_code(rows) + "\n")
+    print(table.excuses() + "\n")
+    print(cuda.table(gathers) + "\n")
+    print(table.traffic(moved) + "\n")
+    print(table.bounds() + "\n")
 
     wrong = sorted(
         {f"{one.key}: {errors[one.specialisation.key]}" for one in found

@@ -83,6 +83,12 @@ def machine_code(rows: Iterable[Row]) -> str:
     return aligned(heading, table, left=6)
 
 
+def excuses() -> str:
+    """Which kernels may load less than 128 bits a thread, and why."""
+    reasons = {kernel: reason for case in CASES for kernel, reason in case.narrow.items()}
+    return "\n".join(f"may load narrowly: {kernel}, {why}" for kernel, why in reasons.items())
+
+
 def traffic(results: Iterable[Result]) -> str:
     """What was moved against the formula, for each metered run."""
     figures = ("moved", "ideal", "moved/ideal", "at most", "strays")
