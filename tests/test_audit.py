@@ -23,6 +23,7 @@ from bench.audit.budgets import FOLDER
 from bench.audit.formulas import FORMULAS, STREAMING, nbytes
 from bench.audit.meter import apart, metered
 from bench.audit.occupancy import blocks_per_multiprocessor
+from bench.audit.run import hold
 from bench.audit.traffic import Run, meter
 from prunekit.measure.roofline import CARDS, predicted_bound
 from prunekit_kernels.launch import launch
@@ -197,6 +198,18 @@ def test_budgets_survive_their_file(tmp_path):
     budgets.write(file, [row()])
     assert budgets.read(file) == {KEY: row().budget}
     assert budgets.path("3.9.1").name == "triton-3.9.json"
+
+
+def test_another_triton_has_no_budgets_until_they_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budgets, "FOLDER", tmp_path)
+    assert hold([row()], update=False) == []
+    assert "no budgets for Triton" in capsys.readouterr().out
+    assert hold([row()], update=True) == []
+    assert hold([row()], update=False) == []
+    worse = f"{KEY}: registers 128 -> 168 (budget 128)"
+    assert hold([row(registers=168)], update=False) == [worse]
+    assert hold([row(registers=96)], update=False) == []
+    assert "128 -> 96 (budget 128); keep it with --update" in capsys.readouterr().out
 
 
 def test_rules_of_the_cuda_gathers():

@@ -146,7 +146,7 @@ def _prefill_cost(t: int, d: int, f: int) -> Cost:
 _DUAL = frozenset({"dual_product", "down_product"})
 _DECODE = frozenset({"decode_hidden", "decode_down"})
 _INDEXED = frozenset({"indexed_hidden", "indexed_down"})
-_NARROW = {"decode_combine": "its workspace is under a hundredth of the weights' bytes"}
+_NARROW = {"decode_combine": "64 bits a lane are whole sectors of a workspace beside the weights"}
 
 CASES = (
     Case(

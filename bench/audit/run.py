@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     wrong += budgets.absolute(rows)
     wrong += cuda.findings(gathers)
     wrong += [line for result in moved for line in result.findings()]
-    wrong += _hold(rows, options.update)
+    wrong += hold(rows, options.update)
     for line in wrong:
         print(f"FAILED {line}")
     seconds = time.monotonic() - begun
@@ -58,8 +58,8 @@ def run(arguments: list[str]) -> int:
     return 1 if wrong else 0
 
 
-def _hold(rows: list[budgets.Row], update: bool) -> list[str]:
-    """Write the budgets, or return what is worse than they are."""
+def hold(rows: list[budgets.Row], update: bool) -> list[str]:
+    """Write the budgets of this version of Triton, or return what is worse than they are."""
     file = budgets.path()
     if update:
         budgets.write(file, rows)
