@@ -81,14 +81,20 @@ def architecture(device: torch.device) -> str:
 
 
 @cache
+def _multiprocessors_here() -> int:
+    return torch.cuda.get_device_properties("cuda").multi_processor_count
+
+
 def multiprocessors(arch: str) -> int:
     """Return how many multiprocessors (compute units) a card of this architecture has.
 
-    That of the GPU at hand, where it is of this architecture; else of A100, H100, B200, MI250X (one
-    die) and MI300X; 4 in the interpreter.
+    The GPU at hand is asked where it is of this architecture, unless another was assumed, for a
+    recorded launch must not depend on the machine. Elsewhere it is that of A100, H100, B200, MI250X
+    (one die) and MI300X; 4 in the interpreter.
     """
-    if torch.cuda.is_available() and _architecture_of_gpu(torch.cuda.current_device()) == arch:
-        return torch.cuda.get_device_properties("cuda").multi_processor_count
+    here = _assumed is None and torch.cuda.is_available()
+    if here and _architecture_of_gpu(torch.cuda.current_device()) == arch:
+        return _multiprocessors_here()
     cards = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx90a": 110, "gfx942": 304}
     return cards.get(arch, 4 if arch == INTERPRETER else 108)
 
