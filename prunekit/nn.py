@@ -11,8 +11,15 @@ from prunekit.arch import MLPView
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling a module does nothing but multiply by its weight and add its bias."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is nn.Linear and not hooked and "forward" not in vars(module)
+    own = vars(module)
+    return (
+        type(module) is nn.Linear
+        and not own["_forward_pre_hooks"]
+        and not own["_forward_hooks"]
+        and not own["_backward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and "forward" not in own
+    )
 
 
 class CompactMLP(nn.Module):
@@ -37,8 +44,9 @@ class CompactMLP(nn.Module):
         self._kind, self._act = view.kind, view.act
         names = {id(child): name for name, child in view.module.named_children()}
         self._gate = names[id(view.slots["gate"].owner)]
-        self._up = names[id(view.slots["up"].owner)] if "up" in view.slots else None
+        self._up = names[id(view.slots["up"].owner)] if view.kind == "gated" else None
         self._down = names[id(view.slots["down"].owner)]
+        self._layout = self._gate, self._up, self._down, self._act
         self.register_buffer("kept", None, persistent=False)
 
     @property
@@ -48,24 +56,30 @@ class CompactMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the MLP: [..., D] -> [..., D]."""
-        modules = self._modules  # read at every token: getattr takes several times as long
-        gate, down = modules[self._gate], modules[self._down]
-        up = modules[self._up] if self._up else None
-        if not all(map(is_bare, (gate, down) if up is None else (gate, up, down))):
+        # Read at every token, when weights have driven all else out of the caches: dictionaries
+        # are asked, for a module's attributes take several times as long.
+        own = vars(self)
+        modules = own["_modules"]
+        gate_name, up_name, down_name, act = own["_layout"]
+        gate, down = modules[gate_name], modules[down_name]
+        up = modules[up_name] if up_name else None
+        if not (is_bare(gate) and is_bare(down) and (up is None or is_bare(up))):
             return self._call_projections(x)
-        if self._kind == "plain":
-            up_weight = up_bias = None
-            gate_weight, gate_bias = gate.weight, gate.bias
+        of_gate, of_down = vars(gate)["_parameters"], vars(down)["_parameters"]
+        gate_weight, gate_bias = of_gate["weight"], of_gate["bias"]
+        up_weight = up_bias = None
+        if up is not None:
+            of_up = vars(up)["_parameters"]
+            up_weight, up_bias = of_up["weight"], of_up["bias"]
         elif self._kind == "fused":
-            gate_weight, up_weight = gate.weight.chunk(2)
-            gate_bias, up_bias = (None, None) if gate.bias is None else gate.bias.chunk(2)
-        else:
-            gate_weight, gate_bias, up_weight, up_bias = gate.weight, gate.bias, up.weight, up.bias
-        biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down.bias}
-        weights = gate_weight, up_weight, down.weight
-        if self.kept is not None:
-            return ops.gated_mlp_indexed(x, *weights, self.kept, **biases, act=self._act)
-        return ops.gated_mlp(x, *weights, **biases, act=self._act)
+            gate_weight, up_weight = gate_weight.chunk(2)
+            gate_bias, up_bias = (None, None) if gate_bias is None else gate_bias.chunk(2)
+        weights = gate_weight, up_weight, of_down["weight"]
+        biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": of_down["bias"]}
+        kept = own["_buffers"]["kept"]
+        if kept is not None:
+            return ops.gated_mlp_indexed(x, *weights, kept, **biases, act=act)
+        return ops.gated_mlp(x, *weights, **biases, act=act)
 
     def _call_projections(self, x: torch.Tensor) -> torch.Tensor:
         gate = getattr(self, self._gate)(x)

@@ -101,12 +101,14 @@ def gated_mlp(
     Cost:
         6·T·D·F FLOP; at least 3·D·F·b bytes, which is what bounds decoding.
     """
-    check_shapes("gated_mlp", x, gate, up, down)
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias
     code = activation_code(act)
-    if forced_backend() is None and x.device.type == "cpu":
-        if not decodes(*tensors):
-            return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
-        if decodes_directly(x):
-            return decode(*tensors, code)
+    by_torch = False
+    if x.is_cpu and forced_backend() is None:
+        by_torch = not decodes(*tensors)
+        if not by_torch and decodes_directly(x):
+            return decode(*tensors, code)  # which checks the shapes itself
+    check_shapes("gated_mlp", x, gate, up, down)
+    if by_torch:
+        return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
     return torch.ops.prunekit.gated_mlp.default(*tensors, code)

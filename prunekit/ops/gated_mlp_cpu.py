@@ -30,6 +30,10 @@ ARGUMENTS = (
 LIBRARY.define("gated_mlp_decode" + ARGUMENTS)  # served by the C++ extension alone
 
 
+# Looked up once: finding an operator by its names takes as long as several checks below.
+_decode = torch.ops.prunekit.gated_mlp_decode.default
+
+
 @cache
 def _served_here() -> dict[torch.dtype, range]:
     from prunekit.ops.isa import cpu_isa  # which needs the extension, which is loaded after this
@@ -44,17 +48,28 @@ def _fewest_and_most(dtype: torch.dtype) -> tuple[int, int]:
     return served.start, served.stop - 1
 
 
+def _rows_lie_together(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous() or weight.stride(-1) == 1
+
+
 def decodes(x, gate, up, down, gate_bias, up_bias, down_bias) -> bool:
-    """Whether the CPU's decode kernel serves: few tokens, of its dtypes, rows it can stream."""
-    dtype, hidden = x.dtype, gate.shape[-1]
+    """Whether the CPU's decode kernel serves: few tokens, of its dtypes, rows it can stream.
+
+    A layer asks this at every token, while the weights wait: it reads as little as it can.
+    """
+    dtype, hidden = x.dtype, gate.shape[1]
     fewest, most = _fewest_and_most(dtype)
     return (
         # Comparisons, which torch.compile can follow where the number of tokens is symbolic.
         0 < fewest * hidden <= x.numel() <= most * hidden
-        and gate.dtype == dtype == down.dtype
-        and gate.stride(-1) == 1 == down.stride(-1)
-        and (up is None or (up.dtype == dtype and up.stride(-1) == 1))
-        and all(b is None or b.dtype == dtype for b in (gate_bias, up_bias, down_bias))
+        and gate.dtype is dtype
+        and down.dtype is dtype
+        and (up is None or (up.dtype is dtype and _rows_lie_together(up)))
+        and _rows_lie_together(gate)
+        and _rows_lie_together(down)
+        and (gate_bias is None or gate_bias.dtype is dtype)
+        and (up_bias is None or up_bias.dtype is dtype)
+        and (down_bias is None or down_bias.dtype is dtype)
     )
 
 
@@ -69,9 +84,7 @@ def decodes_directly(x: torch.Tensor) -> bool:
 
 def decode(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tensor:
     """What `decodes` said that the kernel serves."""
-    return torch.ops.prunekit.gated_mlp_decode.default(
-        x.contiguous(), gate, up, down, gate_bias, up_bias, down_bias, act
-    )
+    return _decode(x.contiguous(), gate, up, down, gate_bias, up_bias, down_bias, act)
 
 
 def gated_mlp_cpu(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tensor:
