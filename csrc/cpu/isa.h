@@ -10,7 +10,7 @@
 namespace prunekit {
 
 // The values are what prunekit::cpu_isa returns; prunekit/ops/isa.py names them in this order.
-enum class Isa { scalar, avx2, avx512, avx512_bf16 };
+enum class Isa { scalar, avx2, avx512, avx512_bf16, amx_bf16 };
 
 Isa cpu_isa();
 

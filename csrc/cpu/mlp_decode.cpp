@@ -32,6 +32,15 @@ namespace prunekit::avx512_bf16 {
 #undef PRUNEKIT_VECTOR_BYTES
 }  // namespace prunekit::avx512_bf16
 #pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16")
+#pragma GCC target("amx-tile,amx-bf16")
+namespace prunekit::amx_bf16 {
+#define PRUNEKIT_VECTOR_BYTES 64
+#include "mlp_decode_amx.inl"
+#undef PRUNEKIT_VECTOR_BYTES
+}  // namespace prunekit::amx_bf16
+#pragma GCC pop_options
 #endif
 
 namespace prunekit {
@@ -39,8 +48,13 @@ namespace {
 
 using namespace decode;
 
-Kernels kernels_for(ScalarType dtype, Act act) {
+constexpr int64_t LEAST_TOKENS_ON_TILES = 5;  // fewer are faster by vectors: bench/decode.py
+
+Kernels kernels_for(ScalarType dtype, Act act, int64_t tokens) {
 #if PRUNEKIT_X86_KERNELS
+  if (dtype == ScalarType::BFloat16 && tokens >= LEAST_TOKENS_ON_TILES &&
+      cpu_isa() >= Isa::amx_bf16)
+    return amx_bf16::kernels(act);
   if (dtype == ScalarType::BFloat16 && cpu_isa() >= Isa::avx512_bf16)
     return avx512_bf16::kernels(act);
 #endif
@@ -76,10 +90,10 @@ Tensor gated_mlp_decode(
   check(0 <= act && act <= static_cast<int64_t>(Act::relu2),
         "gated_mlp_decode: unknown activation code ", act);
   const ScalarType dtype = x.scalar_type();
-  const Kernels kernel = kernels_for(dtype, static_cast<Act>(act));
-  check(kernel.hidden != nullptr, "gated_mlp_decode: dtype must be bf16, fp16 or fp32");
   const int64_t hidden = x.size(-1), width = gate.size(0);
   const int64_t tokens = hidden ? x.numel() / hidden : 0;
+  const Kernels kernel = kernels_for(dtype, static_cast<Act>(act), tokens);
+  check(kernel.hidden != nullptr, "gated_mlp_decode: dtype must be bf16, fp16 or fp32");
 
   Problem p{};
   p.x = x.const_data_ptr();
@@ -94,7 +108,8 @@ Tensor gated_mlp_decode(
 
   p.hidden_stride = rounded_up(hidden, kernel.unit);
   p.width_stride = rounded_up(width, kernel.unit);
-  const int64_t of_hidden = tokens * p.hidden_stride, of_width = tokens * p.width_stride;
+  const int64_t room = std::max(tokens, kernel.room);
+  const int64_t of_hidden = room * p.hidden_stride, of_width = room * p.width_stride;
   thread_local std::vector<float> scratch;  // kept: its pages are met at every layer and token
   scratch.resize(2 * of_hidden + 3 * of_width);
   p.x_held = scratch.data();

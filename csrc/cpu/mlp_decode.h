@@ -32,6 +32,7 @@ struct Kernels {
   void (*hidden)(const Problem&, int64_t begin, int64_t end);
   void (*output)(const Problem&, int64_t begin, int64_t end);
   int64_t unit;
+  int64_t room;  // tokens that the scratch has room for, at the least
 };
 
 }  // namespace prunekit::decode

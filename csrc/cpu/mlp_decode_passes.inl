@@ -216,11 +216,11 @@ static void hold_x(const Problem& p) {
 template <typename Way>
 static Kernels kernels_of(Act act) {
   switch (act) {
-    case Act::silu: return {hold_x<Way>, hidden<Way, Act::silu>, output<Way>, UNIT};
-    case Act::gelu: return {hold_x<Way>, hidden<Way, Act::gelu>, output<Way>, UNIT};
-    case Act::gelu_tanh: return {hold_x<Way>, hidden<Way, Act::gelu_tanh>, output<Way>, UNIT};
-    case Act::relu: return {hold_x<Way>, hidden<Way, Act::relu>, output<Way>, UNIT};
-    case Act::relu2: return {hold_x<Way>, hidden<Way, Act::relu2>, output<Way>, UNIT};
+    case Act::silu: return {hold_x<Way>, hidden<Way, Act::silu>, output<Way>, UNIT, 1};
+    case Act::gelu: return {hold_x<Way>, hidden<Way, Act::gelu>, output<Way>, UNIT, 1};
+    case Act::gelu_tanh: return {hold_x<Way>, hidden<Way, Act::gelu_tanh>, output<Way>, UNIT, 1};
+    case Act::relu: return {hold_x<Way>, hidden<Way, Act::relu>, output<Way>, UNIT, 1};
+    case Act::relu2: return {hold_x<Way>, hidden<Way, Act::relu2>, output<Way>, UNIT, 1};
   }
   return {};
 }

@@ -6,11 +6,11 @@ import torch
 
 from prunekit.ops.backends import EXTENSION_PROBLEM
 
-_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16")  # in the order of csrc/cpu/isa.h
+_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # in the order of csrc/cpu/isa.h
 
 
 def cpu_isa() -> str | None:
-    """Return avx512_bf16, avx512, avx2 or scalar, or None where the extension is not built.
+    """Return amx_bf16, avx512_bf16, avx512, avx2 or scalar, or None where the extension is not built.
 
     ``PRUNEKIT_CPU_ISA``, read once a process, caps it.
 

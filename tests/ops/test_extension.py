@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(EXTENSION_PROBLEM is not None, reason=str(EXTENS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 NAME_ITS_ISA = "from prunekit.ops.isa import cpu_isa; print(cpu_isa())"
 
 
@@ -49,7 +49,7 @@ def test_variable_caps_the_instruction_set(level):
 def test_unknown_instruction_set():
     result = run("-c", NAME_ITS_ISA, level="sse9")
     assert result.returncode == 1
-    assert "ValueError: PRUNEKIT_CPU_ISA: got 'sse9'; expected avx512_bf16" in result.stderr
+    assert "ValueError: PRUNEKIT_CPU_ISA: got 'sse9'; expected amx_bf16" in result.stderr
 
 
 @pytest.mark.skipif("PRUNEKIT_CPU_ISA" in os.environ, reason="this is a run at one level already")

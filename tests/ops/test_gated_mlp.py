@@ -114,6 +114,22 @@ def test_decode_knows_every_activation(act):
 
 
 @needs_extension
+@pytest.mark.parametrize("act", list(ops.ACTIVATIONS))
+@pytest.mark.parametrize("tokens", [1, 4, 7, 16])
+@pytest.mark.parametrize(("hidden", "width"), [(96, 256), (576, 768)])
+def test_decode_errs_in_bf16_no_more_than_torch(act, tokens, hidden, width):
+    parts = [w / w.shape[-1] ** 0.5 for w in weights(hidden, width, bias=False)[:3]]
+    parts = [*(w.bfloat16() for w in parts), None, None, None]
+    x = torch.randn(tokens, hidden).bfloat16()
+    code = ops.activation_code(act)
+    wide = [None if w is None else w.double() for w in parts]
+    want = ops.gated_mlp_ref(x.double(), *wide, code)
+    theirs = (ops.gated_mlp_ref(x, *parts, code).double() - want).square().mean().sqrt()
+    ours = (decode(x, parts, act).double() - want).square().mean().sqrt()
+    assert ours <= theirs  # h is rounded once, not after each of its steps
+
+
+@needs_extension
 @pytest.mark.skipif(cpu_isa() not in DECODE_TOKENS, reason="torch serves on this instruction set")
 def test_decode_serves_few_tokens_of_any_shape_and_gives_the_same_bits_on_any_threads():
     parts = [None if w is None else w.bfloat16() for w in weights(64, 200, bias=False)]
@@ -134,9 +150,10 @@ def test_decode_serves_few_tokens_of_any_shape_and_gives_the_same_bits_on_any_th
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("place", ["x", "gate", "up", "down"])
-def test_decode_lets_nan_through(dtype, place):
+@pytest.mark.parametrize("tokens", [3, 6])
+def test_decode_lets_nan_through(dtype, place, tokens):
     gate, up, down, *_ = (None if w is None else w.to(dtype) for w in weights(33, 70, bias=False))
-    x = torch.randn(3, 33).to(dtype)
+    x = torch.randn(tokens, 33).to(dtype)
     where = {"x": x[1], "gate": gate[69], "up": up[5], "down": down[32]}[place]
     where[-1] = float("nan")
     seen = decode(x, [gate, up, down, None, None, None], "silu").isnan()
