@@ -57,7 +57,10 @@ class _Recorder:
 
     def _add(self, index: int, h, prompt_abs, token_stats, spans: torch.Tensor) -> None:
         sums = self.sums[index]
-        sums.add(prompt_abs, token_stats, (spans[:, 1] - spans[:, 0]).tolist())
+        norms = prompt_abs.new_zeros(prompt_abs.shape)
+        for p, (start, end) in enumerate(spans.tolist()):
+            norms[p] = torch.linalg.vector_norm(h[start:end], dim=0, dtype=torch.float32)
+        sums.add(prompt_abs, token_stats, norms, (spans[:, 1] - spans[:, 0]).tolist())
         if sums.gram is not None:
             ops.gram_update(sums.gram, _counted(h, spans))
 

@@ -1,7 +1,8 @@
 """What calibration remembers of a model: sums per neuron, per class of corpus, and their counts.
 
-Memory is O(L·F) whatever the number of prompts, O(L·F²) with the Gram matrix. Sums are folded in
-fp64, so splitting or merging corpora changes no statistic beyond fp64 rounding.
+Memory is O(L·F) whatever the number of prompts, O(L·F²) with the Gram matrix and O(L·D²) with that
+of the loss gradient. Sums are folded in fp64, so splitting or merging corpora changes no statistic
+beyond fp64 rounding (the Gram matrices: fp32).
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ _SUMS = (
     "token_square_sum",
     "active",
 )
+# What a calibration need not gather; None where it did not.
+_OPTIONAL = ("prompt_norm_sum", "gram", "taylor", "gradient_gram")
+_MATRICES = ("gram", "gradient_gram")
+# Who lacks one of these is told how to get it.
+REMEDIES = {
+    "prompt_norm_sum": "these were written before prunekit kept it; calibrate again",
+    "gram": "calibrate with --gram",
+    "taylor": "calibrate with --gradients",
+    "gradient_gram": "calibrate with --gradients",
+}
 
 
 @dataclass
@@ -44,7 +55,13 @@ class NeuronSums:
         token_sum, token_abs_sum, token_square_sum: fp64, over tokens, of h, abs h, h².
         active: fp64, tokens whose gate was open (gate > 0).
         max_abs: fp32, the largest abs h.
+        prompt_norm_sum: fp64, over prompts, of the L2 norm over its tokens of h; None in files
+            written before it was kept.
         gram: fp32 [F, F], HᵀH, or None; symmetric.
+        taylor: fp64, over prompts, of the sum over the neuron's weights of abs(w·∂loss/∂w), the
+            loss summed over the prompt's tokens; or None.
+        gradient_gram: fp32 [D, D], Σ g gᵀ over tokens, g the gradient of that loss with respect to
+            this MLP's output; or None; symmetric.
     """
 
     prompts: int
@@ -56,17 +73,33 @@ class NeuronSums:
     token_square_sum: torch.Tensor
     active: torch.Tensor
     max_abs: torch.Tensor
+    prompt_norm_sum: torch.Tensor | None = None
     gram: torch.Tensor | None = None
+    taylor: torch.Tensor | None = None
+    gradient_gram: torch.Tensor | None = None
 
     @classmethod
     def zeros(cls, width: int, device: torch.device | str, *, gram: bool = False) -> NeuronSums:
-        sums = {name: torch.zeros(width, dtype=torch.float64, device=device) for name in _SUMS}
+        names = (*_SUMS, "prompt_norm_sum")
+        sums = {name: torch.zeros(width, dtype=torch.float64, device=device) for name in names}
         largest = torch.zeros(width, device=device)
         matrix = torch.zeros(width, width, device=device) if gram else None
         return cls(prompts=0, tokens=0, **sums, max_abs=largest, gram=matrix)
 
-    def add(self, prompt_abs: torch.Tensor, token_stats: torch.Tensor, lengths: list[int]) -> None:
-        """Fold in one batch as `ops.gated_act_stats` returns it; lengths are tokens a prompt."""
+    def add(
+        self,
+        prompt_abs: torch.Tensor,
+        token_stats: torch.Tensor,
+        prompt_norms: torch.Tensor,
+        lengths: list[int],
+    ) -> None:
+        """Fold in one batch.
+
+        Args:
+            prompt_abs, token_stats: as `ops.gated_act_stats` returns them.
+            prompt_norms: [P, F], fp32: the L2 norm of h over each prompt's tokens.
+            lengths: tokens a prompt; those without any count nothing.
+        """
         seen = [p for p, length in enumerate(lengths) if length]
         if not seen:
             return
@@ -77,6 +110,7 @@ class NeuronSums:
         self.tokens += sum(lengths)
         self.prompt_sum += means.sum(0)
         self.prompt_square_sum += means.square().sum(0)
+        self.prompt_norm_sum += prompt_norms.double().sum(0)
         self.token_abs_sum += wide.sum(0)
         self.token_sum += token_stats[TOKEN_SUM]
         self.token_square_sum += token_stats[TOKEN_SQUARE_SUM]
@@ -84,24 +118,26 @@ class NeuronSums:
         torch.maximum(self.max_abs, token_stats[TOKEN_MAX_ABS], out=self.max_abs)
 
     def merge(self, other: NeuronSums) -> NeuronSums:
-        """The statistics of both sets of prompts together."""
-        gram = None
-        if self.gram is not None and other.gram is not None:
-            gram = self.gram + other.gram
+        """The statistics of both sets of prompts together; what one of them lacks is None."""
+        optional = {}
+        for name in _OPTIONAL:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            optional[name] = None if mine is None or theirs is None else mine + theirs
         return NeuronSums(
             prompts=self.prompts + other.prompts,
             tokens=self.tokens + other.tokens,
             **{name: getattr(self, name) + getattr(other, name) for name in _SUMS},
             max_abs=torch.maximum(self.max_abs, other.max_abs),
-            gram=gram,
+            **optional,
         )
 
     def finish(self) -> NeuronSums:
-        """Move to the CPU and mirror the Gram matrix, in place: the end of a calibration."""
-        for name in (*_SUMS, "max_abs"):
-            setattr(self, name, getattr(self, name).cpu())
-        if self.gram is not None:
-            self.gram = ops.symmetrize_(self.gram.cpu())
+        """Move to the CPU and mirror the Gram matrices, in place: the end of a calibration."""
+        for name in (*_SUMS, "max_abs", *_OPTIONAL):
+            value = getattr(self, name)
+            if value is not None:
+                value = value.cpu()
+                setattr(self, name, ops.symmetrize_(value) if name in _MATRICES else value)
         return self
 
     @property
@@ -187,7 +223,7 @@ class NeuronStats:
         for name, many in self.classes.items():
             counts[name] = [(s.prompts, s.tokens) for s in many]
             for i, s in enumerate(many):
-                for key in (*_SUMS, "max_abs", "gram"):
+                for key in (*_SUMS, "max_abs", *_OPTIONAL):
                     value = getattr(s, key)
                     if value is not None:
                         tensors[f"{name}.{i}.{key}"] = value
@@ -215,7 +251,7 @@ class NeuronStats:
                         prompts=prompts,
                         tokens=tokens,
                         **{key: tensors[f"{name}.{i}.{key}"] for key in (*_SUMS, "max_abs")},
-                        gram=tensors.get(f"{name}.{i}.gram"),
+                        **{key: tensors.get(f"{name}.{i}.{key}") for key in _OPTIONAL},
                     )
                     for i, (prompts, tokens) in enumerate(counts)
                 ]

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.arch import MLPView, find_mlps
 from prunekit.errors import InputError
-from prunekit.stats import NeuronStats, NeuronSums
+from prunekit.stats import REMEDIES, NeuronStats, NeuronSums
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,27 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named scorer, and the classes of statistics it cannot do without."""
+    """A named scorer, and what it cannot do without.
+
+    Attributes:
+        needs: classes of statistics: "target", "distractor".
+        gathers: those sums of the target that a calibration need not gather (`stats.REMEDIES`).
+    """
 
     name: str
     score: Callable[[Evidence], torch.Tensor]
     needs: tuple[str, ...]
+    gathers: tuple[str, ...] = ()
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs: tuple[str, ...] = ("target",)):
+def criterion(name: str, *, needs: tuple[str, ...] = ("target",), gathers: tuple[str, ...] = ()):
     """Register a function ``Evidence -> [F] scores`` under a name."""
 
     def register(function: Callable[[Evidence], torch.Tensor]):
-        CRITERIA[name] = Criterion(name, function, needs)
+        CRITERIA[name] = Criterion(name, function, needs, gathers)
         return function
 
     return register
@@ -64,6 +70,21 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
+def _check_complete(scorer: Criterion, classes: dict[str, list[NeuronSums]]) -> None:
+    for needed in scorer.needs:
+        if needed not in classes:
+            raise InputError(
+                f"criterion {scorer.name}: needs {needed} statistics; "
+                f"calibrate with --{needed} FILE"
+            )
+    for name in scorer.gathers:
+        if any(getattr(sums, name) is None for sums in classes["target"]):
+            raise InputError(
+                f"criterion {scorer.name}: the statistics hold no {name}; {REMEDIES[name]}"
+            )
+
+
+@torch.no_grad()
 def score(
     stats: NeuronStats | None, model: nn.Module, criterion: str = "wanda", *, seed: int = 0
 ) -> list[torch.Tensor]:
@@ -79,17 +100,13 @@ def score(
         One [F] tensor an MLP, fp32, on the CPU.
 
     Raises:
-        InputError: unknown criterion, missing class of statistics, statistics of another model, or
-            a score that is not finite.
+        InputError: unknown criterion, missing class of statistics or optional sums, statistics of
+            another model, or a score that is not finite.
     """
     scorer = get_criterion(criterion)
     views = find_mlps(model)
     classes = stats.classes if stats is not None else {}
-    for needed in scorer.needs:
-        if needed not in classes:
-            raise InputError(
-                f"criterion {criterion}: needs {needed} statistics; calibrate with --{needed} FILE"
-            )
+    _check_complete(scorer, classes)
     if stats is not None:
         stats.check_model(views)
     scores = []
