@@ -155,7 +155,7 @@ def test_help_teaches_by_example(capsys):
         ("prune MODEL --target CORPUS --sparsity 1.0 -o OUT", "expected a fraction with 0 <"),
         ("prune MODEL --target CORPUS --sparsity 0 -o OUT", "expected a fraction with 0 <"),
         ("prune MODEL --target CORPUS --sparsity x -o OUT", "invalid float value: 'x'"),
-        ("prune MODEL --target CORPUS --sparsity 0.2 --criterion best -o OUT", "one of mean_abs"),
+        ("prune MODEL --target CORPUS --sparsity 0.2 --criterion best -o OUT", "one of fluct"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --criterion selectivity -o OUT", "distractor"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --compensate magic -o OUT", "none, bias, lst"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --multiple-of 0 -o OUT", "at least 1"),

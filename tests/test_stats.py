@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit import ops
+from prunekit import files, ops
 from prunekit.arch import find_mlps
 from prunekit.errors import InputError
 from prunekit.stats import NeuronStats, NeuronSums
@@ -41,6 +41,8 @@ def test_every_statistic_equals_fp64(name, batch_tokens, tokenizer, texts):
         assert (sums.prompts, sums.tokens) == (len(texts), len(tokens))
         torch.testing.assert_close(sums.prompt_sum, a.sum(0), **close)
         torch.testing.assert_close(sums.prompt_square_sum, a.square().sum(0), **close)
+        norms = torch.stack([p[i].norm(dim=0) for p in prompts]).sum(0)
+        torch.testing.assert_close(sums.prompt_norm_sum, norms, **close)
         torch.testing.assert_close(sums.token_sum, tokens.sum(0), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(sums.token_abs_sum, tokens.abs().sum(0), **close)
         torch.testing.assert_close(sums.token_square_sum, tokens.square().sum(0), **close)
@@ -82,6 +84,16 @@ def test_an_expert_counts_only_the_tokens_it_saw(name, tokenizer, texts):
         expected = sums.gram.diagonal().double()
         torch.testing.assert_close(sums.token_square_sum, expected, rtol=1e-4, atol=1e-6)
         assert (sums.max_abs > 0).all(), view.name
+
+
+def test_an_experts_norm_is_taken_over_each_prompts_tokens(tokenizer, texts):
+    """Prompt by prompt the norm is the root of the sum of squares; together they add up."""
+    model = tiny_model("qwen2_moe")
+    whole = pk.calibrate(model, tokenizer, texts[:12], batch_tokens=60, quiet=True).target
+    singly = [pk.calibrate(model, tokenizer, [text], quiet=True).target for text in texts[:12]]
+    for i, sums in enumerate(whole):
+        norms = torch.stack([one[i].token_square_sum.sqrt() for one in singly])
+        torch.testing.assert_close(sums.prompt_norm_sum, norms.sum(0), rtol=1e-5, atol=1e-6)
 
 
 def test_calibration_leaves_the_model_as_it_was(architecture, tokenizer, texts):
@@ -140,9 +152,29 @@ def test_statistics_survive_the_disk_bit_for_bit(tmp_path, llama, tokenizer, tex
     assert again.provenance == stats.provenance
     for name, many in stats.classes.items():
         for a, b in zip(many, again.classes[name], strict=True):
-            assert torch.equal(a.prompt_sum, b.prompt_sum)
-            assert (a.gram is None) == (b.gram is None)
+            for key, value in vars(a).items():
+                again_value = getattr(b, key)
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(value, again_value), key
+                else:
+                    assert value == again_value, key
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_a_file_from_before_the_prompt_norms_is_read_without_them(tmp_path, llama, tokenizer):
+    path = tmp_path / "s.safetensors"
+    pk.calibrate(llama, tokenizer, ["w1 w2 w3"], quiet=True).save(path)
+    tensors, header = files.read_tensors(path, "neuron-stats")
+    older = {name: t for name, t in tensors.items() if not name.endswith("prompt_norm_sum")}
+    header = {key: value for key, value in header.items() if key not in ("kind", "version")}
+    files.write_tensors(path, older, "neuron-stats", header)
+    stats = NeuronStats.load(path)
+    assert all(sums.prompt_norm_sum is None for sums in stats.target)
+    pk.score(stats, llama, "wanda")
+    both = stats.merge(pk.calibrate(llama, tokenizer, ["w4 w5"], quiet=True))
+    for part in (stats, both):
+        with pytest.raises(InputError, match=r"two_stage: .* no prompt_norm_sum; .*calibrate"):
+            pk.score(part, llama, "two_stage")
 
 
 def test_a_file_that_is_cut_short_or_of_another_kind_is_refused(tmp_path, llama, tokenizer, texts):
@@ -181,6 +213,8 @@ def test_an_empty_prompt_counts_as_none():
     sums = NeuronSums.zeros(3, "cpu")
     prompt_abs = torch.tensor([[2.0, 4.0, 6.0], [0.0, 0.0, 0.0]])
     token_stats = torch.tensor([[2.0, -4, 6], [4.0, 16, 36], [2.0, 4, 6], [1.0, 0, 1]])
-    sums.add(prompt_abs, token_stats, [2, 0])
+    norms = torch.tensor([[1.5, 3.0, 4.5], [0.0, 0.0, 0.0]])
+    sums.add(prompt_abs, token_stats, norms, [2, 0])
     assert (sums.prompts, sums.tokens) == (1, 2)
     assert sums.prompt_mean.tolist() == [1, 2, 3]
+    assert sums.prompt_norm_sum.tolist() == [1.5, 3, 4.5]

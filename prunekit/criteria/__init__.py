@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from prunekit.criteria import mean_abs, random, selectivity, wanda  # noqa: F401 (they register)
+from prunekit.criteria import (  # noqa: F401 (they register)
+    fluctuation,
+    magnitude,
+    mean_abs,
+    minitron,
+    puzzletron_independent,
+    random,
+    rms,
+    selectivity,
+    two_stage,
+    wanda,
+    wanda_sp,
+)
 from prunekit.criteria.registry import CRITERIA, criterion, score
 
 __all__ = ["CRITERIA", "criterion", "score"]
