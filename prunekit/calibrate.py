@@ -16,6 +16,7 @@ from prunekit.batching import Batch, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
 from prunekit.files import digest
+from prunekit.gradients import add_gradients
 from prunekit.observe import observed
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats, NeuronSums
@@ -89,6 +90,7 @@ def calibrate(
     distractors: Sequence[Source] = (),
     *,
     gram: bool = False,
+    gradients: bool = False,
     max_length: int = 1024,
     batch_tokens: int = 2048,
     quiet: bool = False,
@@ -101,8 +103,10 @@ def calibrate(
         target: the corpus of the task to keep: a JSONL or CSV file, ``hf:NAME``, texts, a Corpus.
         distractors: corpora to contrast it with, taken together as one class.
         gram: also accumulate the target's Gram matrices, 4·F² bytes an MLP; lstsq needs them.
+        gradients: also run the target backwards, for the taylor criterion and for repairs that
+            weigh errors by their effect on the loss; 4·D² bytes an MLP.
         max_length: tokens of a prompt that are read.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding included; the backward takes prompts one by one.
         quiet: no progress bar.
 
     Returns:
@@ -114,6 +118,7 @@ def calibrate(
 
     Cost:
         One forward of the decoder over all tokens, without the lm_head; with gram, T·F² FLOP more.
+        With gradients, two forwards and a backward of the target more (`gradients.add_gradients`).
 
     Source:
         The statistics of arXiv 2604.27115 and of the criteria in `prunekit.criteria`.
@@ -149,6 +154,8 @@ def calibrate(
             wanted = gram and name == "target"
             recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
             _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
+            if gradients and name == "target":
+                add_gradients(model, views, prompts, recorder.sums, quiet=quiet)
             classes[name] = [sums.finish() for sums in recorder.sums]
     finally:
         model.train(was_training)

@@ -34,6 +34,9 @@ class CalibrateConfig:
     distractor: tuple[str, ...] = option((), "corpus to contrast it with", metavar="FILE")
     output: str = option("", "file to write the statistics to", short="-o", metavar="STATS")
     gram: bool = option(False, "also gather Gram matrices, which --compensate lstsq needs")
+    gradients: bool = option(
+        False, "also run the target backwards, which --criterion taylor needs: three times as long"
+    )
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")

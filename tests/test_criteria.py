@@ -13,7 +13,8 @@ from tests.test_stats import h_of_each_prompt
 
 @pytest.fixture
 def stats(llama, tokenizer, texts):
-    return pk.calibrate(llama, tokenizer, texts[:30], [texts[30:]], quiet=True)
+    options = {"gram": True, "gradients": True, "quiet": True}
+    return pk.calibrate(llama, tokenizer, texts[:30], [texts[30:]], **options)
 
 
 # name: the formula over h (one [tokens, F] a prompt), all tokens t [T, F], and the weights, in fp64
@@ -56,7 +57,7 @@ def test_criteria_equal_their_formulas_over_stored_activations(name, tokenizer, 
 
 
 def test_every_criterion_is_tested():
-    elsewhere = {"random", "selectivity"}
+    elsewhere = {"random", "selectivity", "taylor"}
     assert set(CRITERIA) == set(FORMULAS) | elsewhere
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("ops",),
     ("arch", "stats", "nn", "observe"),
     ("criteria", "plan", "compact", "compensate"),
-    ("checkpoint", "calibrate", "corpus", "batching"),
+    ("checkpoint", "calibrate", "gradients", "corpus", "batching"),
     ("integrations", "tasks", "evaluate", "recover", "measure"),
     ("experiment",),
     ("report",),

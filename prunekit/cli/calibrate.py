@@ -33,6 +33,7 @@ def run(config: CalibrateConfig, output: Output) -> int:
         target,
         distractors,
         gram=config.gram,
+        gradients=config.gradients,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         quiet=config.quiet,
@@ -50,6 +51,7 @@ def summary(stats: NeuronStats) -> dict:
         "mlps": len(stats.names),
         "neurons": sum(sums.token_sum.numel() for sums in stats.target),
         "gram": stats.target[0].gram is not None,
+        "gradients": stats.target[0].taylor is not None,
         "hash": stats.hash,
         **stats.provenance,
     }
@@ -64,6 +66,7 @@ def describe_stats(stats: NeuronStats, output: Output) -> None:
     ]
     title = f"{facts['mlps']} MLPs, {count(facts['neurons'])} neurons of {facts.get('model', '?')}"
     output.table(title, ("class", "corpus", "prompts", "tokens", "sha256"), rows)
-    grams = [s.gram for s in stats.target if s.gram is not None]
-    if grams:
-        output.line(f"Gram matrices: {megabytes(sum(g.numel() * 4 for g in grams))}")
+    for name, what in (("gram", "Gram matrices"), ("gradient_gram", "loss gradients")):
+        held = [matrix for s in stats.target if (matrix := getattr(s, name)) is not None]
+        if held:
+            output.line(f"{what}: {megabytes(sum(matrix.nbytes for matrix in held))}")

@@ -42,12 +42,14 @@ def run(config: PruneConfig, output: Output) -> int:
     distractors = corpora(config.distractor, tokenizer, config.limit)
     model = load(config.model, dtype=config.dtype)
     if target:
+        gathers = get_criterion(config.criterion).gathers
         stats = calibrate(
             model,
             tokenizer,
             joined(target),
             distractors,
-            gram=_method(config, has_target=True) == "lstsq",
+            gram=_method(config, has_target=True) == "lstsq" or "gram" in gathers,
+            gradients="taylor" in gathers or "gradient_gram" in gathers,
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
             quiet=config.quiet,

@@ -11,6 +11,7 @@ from prunekit.criteria import (  # noqa: F401 (they register)
     random,
     rms,
     selectivity,
+    taylor,
     two_stage,
     wanda,
     wanda_sp,
