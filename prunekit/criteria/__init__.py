@@ -9,6 +9,7 @@ from prunekit.criteria import (  # noqa: F401 (they register)
     minitron,
     puzzletron_independent,
     random,
+    reconstruction,
     rms,
     selectivity,
     taylor,
