@@ -35,7 +35,7 @@ class CalibrateConfig:
     output: str = option("", "file to write the statistics to", short="-o", metavar="STATS")
     gram: bool = option(False, "also gather Gram matrices, which --compensate lstsq needs")
     gradients: bool = option(
-        False, "also run the target backwards, which --criterion taylor needs: three times as long"
+        False, "also run the target backwards, which the criteria taylor and *_fisher need"
     )
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")

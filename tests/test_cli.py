@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import prunekit as pk
 from prunekit.cli import VERBS, main
 from tests.models import logits, tiny_model
 
@@ -93,6 +94,24 @@ def test_prune_from_the_target_alone_repairs_by_default(capsys, tmp_path, folder
     status, text, _ = run(capsys, "prune", folder, "--target", corpus, *options)
     assert status == 0
     assert "64 of 96 neurons a layer (33.33% removed, 30.00% asked for); repair: lstsq" in text
+
+
+def test_gradients_are_gathered_when_asked_for_or_needed(capsys, tmp_path, folder, corpus):
+    stats, options = tmp_path / "s", ("--sparsity", 0.3, "--multiple-of", 16, "--quiet")
+    arguments = ("--target", corpus, "--gradients", "--quiet", "-o", stats)
+    status, text, _ = run(capsys, "calibrate", folder, *arguments)
+    assert status == 0
+    assert "loss gradients: " in text
+    assert json.loads(run(capsys, "inspect", stats, "--json")[1])["gradients"] is True
+    given = ("--criterion", "taylor", "--compensate", "none", *options)
+    assert run(capsys, "prune", folder, "--stats", stats, *given, "-o", tmp_path / "a")[0] == 0
+    assert run(capsys, "prune", folder, "--target", corpus, *given, "-o", tmp_path / "b")[0] == 0
+    one, two = (pk.PrunePlan.load(tmp_path / n / "plan.safetensors").kept for n in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    needs = ("--criterion", "reconstruction_fisher", *options, "-o", tmp_path / "c")
+    assert run(capsys, "prune", folder, "--target", corpus, *needs)[0] == 0
+    line = refused(capsys, "prune", folder, "--stats", stats, *needs, "--force")
+    assert "hold no gram; calibrate with --gram" in line
 
 
 def test_random_needs_no_data_and_a_plan_can_be_followed(capsys, tmp_path, folder):

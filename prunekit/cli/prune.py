@@ -42,7 +42,8 @@ def run(config: PruneConfig, output: Output) -> int:
     distractors = corpora(config.distractor, tokenizer, config.limit)
     model = load(config.model, dtype=config.dtype)
     if target:
-        gathers = get_criterion(config.criterion).gathers
+        scored = config.strategy != "random" and not config.plan
+        gathers = get_criterion(config.criterion).gathers if scored else ()
         stats = calibrate(
             model,
             tokenizer,
