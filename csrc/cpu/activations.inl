@@ -16,23 +16,30 @@ INLINE Float exp(Float x) {
   return scale(p, n);
 }
 
-// erf(x) within 1 ulp: an odd polynomial near 0, 1 - e^p(|x|) further out.
-INLINE Float erf(Float x) {
-  const Float t = magnitude(x), s = x * x;
-  Float far = t * -0x1.220000p-16f + 0x1.91cfb2p-12f;
-  far = far * s + (t * -0x1.fd1438p-9f + 0x1.8d6342p-6f);
-  far = far * t - 0x1.b55cb8p-4f;
-  far = far * t - 0x1.450aa0p-1f;
-  far = far * t - 0x1.079d0cp-3f;
-  far = 1.0f - exp(far * t - t);
-  Float near = s * -0x1.38e000p-11f + 0x1.471a58p-8f;
-  near = near * s - 0x1.b691b2p-6f;
-  near = near * s + 0x1.ce1c44p-4f;
-  near = near * s - 0x1.812700p-2f;
-  near = near * s + 0x1.06eba8p-3f;
-  near = near * x + x;
-  const Int sign = bits<Int>(x) & INT32_MIN;
-  return t > 0x1.db0000p-1f ? bits<Float>(bits<Int>(far) | sign) : near;
+// Φ(x) = (1 + erf(x/√2))/2 within 1e-7, by the polynomial of kernels/activations.py for
+// log2(2·Φ(-|x|)), and 2^y = 2^n·2^r with |r| <= 1/2.
+INLINE Float normal_cdf(Float x) {
+  const Float a = magnitude(x);
+  Float y = a * -3.7520735e-08f + 1.05514357e-06f;
+  y = y * a - 1.27613757e-05f;
+  y = y * a + 8.49960488e-05f;
+  y = y * a - 0.000302427594f;
+  y = y * a + 3.41017476e-05f;
+  y = y * a + 0.00691961125f;
+  y = y * a - 0.0524311177f;
+  y = y * a - 0.459221959f;
+  y = y * a - 1.15110421f;
+  y = clamp(y * a - 1.0f, 150);
+  const Float shift = splat<Float>(0x1.8p23f);  // leaves no bits for a fraction
+  const Float n = (y + shift) - shift, r = y - n;
+  Float p = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
+  p = p * r + 0x1.3b2d4cp-7f;
+  p = p * r + 0x1.c6aee8p-5f;
+  p = p * r + 0x1.ebfbdcp-3f;
+  p = p * r + 0x1.62e430p-1f;
+  p = p * r + 1.0f;
+  const Float tail = scale(p, n);
+  return x < 0 ? tail : 1.0f - tail;
 }
 
 INLINE Double exp(Double x) {
@@ -40,8 +47,8 @@ INLINE Double exp(Double x) {
   return x;
 }
 
-INLINE Double erf(Double x) {
-  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = std::erf(x[i]);
+INLINE Double normal_cdf(Double x) {
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = std::erfc(-x[i] * M_SQRT1_2) / 2;
   return x;
 }
 
@@ -51,7 +58,7 @@ INLINE V activate(V x) {
   if constexpr (act == Act::silu) {
     return x / (1 + exp(-x));
   } else if constexpr (act == Act::gelu) {
-    return x * Real(0.5) * (1 + erf(x * Real(M_SQRT1_2)));
+    return x * normal_cdf(x);
   } else if constexpr (act == Act::gelu_tanh) {
     // (1 + tanh(u)) / 2 is the sigmoid of 2u: one exponential, and no cancellation.
     const V u = x * Real(M_2_SQRTPI * M_SQRT1_2) * (1 + Real(0.044715) * x * x);
