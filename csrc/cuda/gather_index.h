@@ -33,6 +33,8 @@ constexpr int VECTOR = 16;             // bytes of the widest load and store
 constexpr int COPIES = 4;              // vectors that a thread has in flight
 constexpr int STRIP_BYTES = 64;        // of each row, what one block of rows in place owns
 constexpr int DEPTH = 8;               // vectors that a thread of it has in flight
+constexpr int EDGE_STRIP_LANES = 8;    // and, of unaligned rows, the threads that share a strip
+constexpr int EDGE_DEPTH = 4;          // and the vectors, each put together from two
 constexpr int GROUP = 2;               // rows that a block of columns takes at a time
 constexpr int ROWS_A_BLOCK = 16;       // of columns: an index entry is read once for all of them
 constexpr int ROWS_IN_PLACE = 8;       // fewer, because such a block does all columns of its rows
@@ -104,6 +106,11 @@ PRUNEKIT_BODY void keep(T* address, const Word<VECTOR>& word) {
 PRUNEKIT_BODY int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PRUNEKIT_BODY int64_t blocks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
 
+// How many bytes beyond a multiple of a vector.
+PRUNEKIT_BODY int beyond_vector(const void* address) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(address) % VECTOR);
+}
+
 // Element number `at` of a vector, and a vector from its elements, kept in registers by shifts.
 template <typename T>
 PRUNEKIT_BODY T element(const Word<VECTOR>& vector, int at) {
@@ -128,18 +135,112 @@ PRUNEKIT_BODY void put(Word<VECTOR>& vector, int at, T value) {
   }
 }
 
-// ---- Rows: a row is a run of words, whatever its elements mean. ---------------------------------
+// ---- Bytes that lie anywhere. A run goes where its destination's own vectors are: each of them is
+// stored whole but at the two ends, and is put together from the two vectors of the source that it
+// straddles. Nothing outside of the run is read, so where one of these would reach out of it, the
+// words do that lie within. ---------------------------------------------------------------------
+
+// The vector that begins `slip` bytes into low and ends in high, slip being a multiple of WORD.
+template <int WORD>
+PRUNEKIT_BODY Word<VECTOR> straddling(
+    const Word<VECTOR>& low, const Word<VECTOR>& high, int slip) {
+  uint32_t bits[8] = {low.bits[0], low.bits[1], low.bits[2], low.bits[3],
+                      high.bits[0], high.bits[1], high.bits[2], high.bits[3]};
+  PRUNEKIT_UNROLL
+  for (int i = 0; i < 6; ++i) bits[i] = slip & 8 ? bits[i + 2] : bits[i];
+  PRUNEKIT_UNROLL
+  for (int i = 0; i < 5; ++i) bits[i] = slip & 4 ? bits[i + 1] : bits[i];
+  Word<VECTOR> vector;
+  PRUNEKIT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t both = bits[i] | static_cast<uint64_t>(bits[i + 1]) << 32;
+    vector.bits[i] = WORD < 4 ? static_cast<uint32_t>(both >> slip % 4 * 8) : bits[i];
+  }
+  return vector;
+}
+
+// `bytes` bytes to move, in words of WORD, which divides both addresses and the length.
+template <int WORD>
+struct Run {
+  const char* from;
+  char* to;
+  int64_t bytes;
+
+  // Where the destination's vector number `vector` begins, in the run or just before it.
+  PRUNEKIT_BODY int64_t at(int64_t vector) const { return vector * VECTOR - beyond_vector(to); }
+
+  // How far into one of its vectors the source is where the destination begins one.
+  PRUNEKIT_BODY int slip() const { return beyond_vector(from + at(0)); }
+
+  // Whether the source's vectors that hold this one of the destination lie within the run.
+  PRUNEKIT_BODY bool by_vectors(int64_t at) const {
+    if (WORD == 8 && slip() != 0) return false;  // its two words are as quick
+    return at >= slip() && at - slip() + (slip() ? 2 * VECTOR : VECTOR) <= bytes;
+  }
+
+  PRUNEKIT_BODY void load_vectors(int64_t at, Word<VECTOR>& low, Word<VECTOR>& high) const {
+    const char* start = from + at - slip();
+    low = load<Word<VECTOR>>(start);
+    if (slip() != 0) high = load<Word<VECTOR>>(start + VECTOR);
+  }
+
+  PRUNEKIT_BODY Word<VECTOR> load_words(int64_t at) const {
+    Word<VECTOR> vector;
+    PRUNEKIT_UNROLL
+    for (int i = 0; i < VECTOR / WORD; ++i) {
+      const int64_t word = at + i * WORD;
+      decltype(Word<WORD>::bits) bits = 0;
+      if (word >= 0 && word < bytes) bits = load<Word<WORD>>(from + word).bits;
+      put(vector, i, bits);
+    }
+    return vector;
+  }
+
+  PRUNEKIT_BODY void store_at(int64_t at, const Word<VECTOR>& vector) const {
+    if (at >= 0 && at + VECTOR <= bytes) {
+      store(to + at, vector);
+      return;
+    }
+    PRUNEKIT_UNROLL
+    for (int i = 0; i < VECTOR / WORD; ++i) {
+      const int64_t word = at + i * WORD;
+      if (word >= 0 && word < bytes)
+        store(to + word, Word<WORD>{element<decltype(Word<WORD>::bits)>(vector, i)});
+    }
+  }
+};
+
+// Loads one vector of each run: those of whole vectors are all on their way before one is used.
+template <int WORD, int N>
+PRUNEKIT_BODY void load_runs(
+    const Run<WORD> (&run)[N], const int64_t (&at)[N], Word<VECTOR> (&held)[N]) {
+  Word<VECTOR> high[N];
+  PRUNEKIT_UNROLL
+  for (int i = 0; i < N; ++i)
+    if (run[i].by_vectors(at[i])) run[i].load_vectors(at[i], held[i], high[i]);
+  PRUNEKIT_UNROLL
+  for (int i = 0; i < N; ++i) {
+    if (!run[i].by_vectors(at[i]))
+      held[i] = run[i].load_words(at[i]);
+    else if (run[i].slip() != 0)
+      held[i] = straddling<WORD>(held[i], high[i], run[i].slip());
+  }
+}
+
+// ---- Rows: a row is a run of bytes, whatever its elements mean. ---------------------------------
 
 struct RowJob {
   const char* from;
   char* to;
   int64_t from_stride, to_stride;  // bytes
   Index index;
-  int word;           // bytes of one load, dividing every address, stride and width
+  int word;           // bytes, dividing every address, stride and width; a vector: aligned rows
   int64_t words;      // of a row
   int lane_bits;      // 2^lane_bits threads share a row
   int64_t across;     // blocks beside each other along a row
   int64_t blocks;
+  int64_t strip;      // of unaligned rows in place: bytes of each row that a block owns,
+  int lead;           // and how many of the first strip's lie before the row
 };
 
 // The widest word that divides all of these, at most `most` bytes.
@@ -149,46 +250,69 @@ inline int widest_word(uint64_t of_all, int most) {
   return word;
 }
 
+// Shares rows out to threads, by the vectors of the destination that a row lies in, at most.
+inline void share_rows(RowJob& job, int word) {
+  const int64_t bytes = job.words * job.word;
+  job.word = word;
+  job.words = bytes / word;
+  const int lead = job.to_stride % VECTOR == 0 ? beyond_vector(job.to) : VECTOR - word;
+  const int64_t vectors = blocks_of(bytes + lead, VECTOR);
+  job.lane_bits = 0;
+  while (1 << job.lane_bits < THREADS && int64_t{COPIES} << job.lane_bits < vectors)
+    ++job.lane_bits;
+  job.across = blocks_of(vectors, int64_t{COPIES} << job.lane_bits);
+  job.blocks = job.across * blocks_of(job.index.count, THREADS >> job.lane_bits);
+}
+
 inline RowJob plan_rows(
     const Matrix& to, const Matrix& from, const Index& index, int element_size) {
   RowJob job{static_cast<const char*>(from.data), static_cast<char*>(to.data),
-             from.row_stride * element_size, to.row_stride * element_size, index, 1, 0, 0, 0, 0};
+             from.row_stride * element_size, to.row_stride * element_size, index, 1, 0, 0, 0, 0,
+             0, 0};
   const int64_t bytes = from.columns * element_size;
   if (bytes == 0 || index.count == 0) return job;
   const uint64_t addresses = reinterpret_cast<uint64_t>(job.from) |
                              reinterpret_cast<uint64_t>(job.to);
-  const uint64_t of_all = addresses | job.from_stride | job.to_stride | bytes;
-  job.word = widest_word(of_all, VECTOR);
-  job.words = bytes / job.word;
-  while (1 << job.lane_bits < THREADS && int64_t{COPIES} << job.lane_bits < job.words)
-    ++job.lane_bits;
-  job.across = blocks_of(job.words, int64_t{COPIES} << job.lane_bits);
-  job.blocks = job.across * blocks_of(index.count, THREADS >> job.lane_bits);
+  job.words = bytes;
+  share_rows(job, widest_word(addresses | job.from_stride | job.to_stride | bytes, VECTOR));
   return job;
 }
 
-// A thread copies COPIES words of one row: all are on their way before the first is stored.
+// A thread copies COPIES vectors of one row: all are on their way before the first is stored.
 template <int WORD, typename Team>
 PRUNEKIT_BODY void rows_block(Team& team, const RowJob& job, uint32_t block) {
   const uint32_t across = static_cast<uint32_t>(job.across);
   const int64_t first_row = static_cast<int64_t>(block / across) * (THREADS >> job.lane_bits);
-  const int64_t first_word = static_cast<int64_t>(block % across) * COPIES << job.lane_bits;
+  const int64_t first_vector = static_cast<int64_t>(block % across) * COPIES << job.lane_bits;
   team.phase([&](int thread) {
     const int lane = thread & ((1 << job.lane_bits) - 1);
     const int64_t row = first_row + (thread >> job.lane_bits);
     if (row >= job.index.count) return;
     const char* from = job.from + job.index.at(row) * job.from_stride;
     char* to = job.to + row * job.to_stride;
-    Word<WORD> held[COPIES];
-    PRUNEKIT_UNROLL
-    for (int i = 0; i < COPIES; ++i) {
-      const int64_t at = first_word + lane + (int64_t{i} << job.lane_bits);
-      if (at < job.words) held[i] = load<Word<WORD>>(from + at * WORD);
-    }
-    PRUNEKIT_UNROLL
-    for (int i = 0; i < COPIES; ++i) {
-      const int64_t at = first_word + lane + (int64_t{i} << job.lane_bits);
-      if (at < job.words) store(to + at * WORD, held[i]);
+    Word<VECTOR> held[COPIES];
+    if constexpr (WORD == VECTOR) {
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < COPIES; ++i) {
+        const int64_t at = first_vector + lane + (int64_t{i} << job.lane_bits);
+        if (at < job.words) held[i] = load<Word<VECTOR>>(from + at * VECTOR);
+      }
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < COPIES; ++i) {
+        const int64_t at = first_vector + lane + (int64_t{i} << job.lane_bits);
+        if (at < job.words) store(to + at * VECTOR, held[i]);
+      }
+    } else {
+      Run<WORD> run[COPIES];
+      int64_t at[COPIES];
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < COPIES; ++i) {
+        run[i] = {from, to, job.words * WORD};
+        at[i] = run[i].at(first_vector + lane + (int64_t{i} << job.lane_bits));
+      }
+      load_runs(run, at, held);
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < COPIES; ++i) run[i].store_at(at[i], held[i]);
     }
   });
 }
@@ -204,18 +328,27 @@ PRUNEKIT_BODY void rows_block(Team& team, const RowJob& job, uint32_t block) {
 
 inline RowJob plan_rows_in_place(const Matrix& matrix, const Index& index, int element_size) {
   RowJob job = plan_rows(matrix, matrix, index, element_size);
-  if (job.blocks != 0) job.blocks = blocks_of(job.words * job.word, STRIP_BYTES);
+  if (job.blocks == 0) return job;
+  job.strip = STRIP_BYTES;
+  if (job.word != VECTOR) {
+    // Rows that lie alike have strips of whole vectors; of others, a strip ends within vectors,
+    // and is so much narrower that its lanes reach all of those it lies in.
+    const bool alike = job.to_stride % VECTOR == 0;
+    job.strip = (alike ? EDGE_STRIP_LANES : EDGE_STRIP_LANES - 1) * VECTOR;
+    job.lead = alike ? beyond_vector(job.to) : 0;
+  }
+  job.blocks = blocks_of(job.words * job.word + job.lead, job.strip);
   return job;
 }
 
-template <int WORD, typename Team>
-PRUNEKIT_BODY void rows_in_place_block(Team& team, const RowJob& job, uint32_t block) {
-  constexpr int LANES = STRIP_BYTES / WORD;
+template <typename Team>
+PRUNEKIT_BODY void strip_of_vectors(Team& team, const RowJob& job, uint32_t block) {
+  constexpr int LANES = STRIP_BYTES / VECTOR;
   constexpr int ROWS = STRIP_THREADS / LANES;
-  typename Team::template Private<Word<WORD>[DEPTH]> held;
+  typename Team::template Private<Word<VECTOR>[DEPTH]> held;
   for (int64_t batch = 0; batch < job.index.count; batch += ROWS * DEPTH) {
     team.phase([&](int thread) {
-      // Beyond the end the last word is read again, and not stored: no load waits for a branch.
+      // Beyond the end the last vector is read again, and not stored: no load waits for a branch.
       const int64_t at =
           smaller(static_cast<int64_t>(block) * LANES + thread % LANES, job.words - 1);
       int64_t from[DEPTH];
@@ -224,7 +357,7 @@ PRUNEKIT_BODY void rows_in_place_block(Team& team, const RowJob& job, uint32_t b
         from[i] = job.index.at(smaller(batch + i * ROWS + thread / LANES, job.index.count - 1));
       PRUNEKIT_UNROLL
       for (int i = 0; i < DEPTH; ++i)
-        held[thread][i] = load<Word<WORD>>(job.from + from[i] * job.from_stride + at * WORD);
+        held[thread][i] = load<Word<VECTOR>>(job.from + from[i] * job.from_stride + at * VECTOR);
     });
     team.phase([&](int thread) {
       const int64_t at = static_cast<int64_t>(block) * LANES + thread % LANES;
@@ -232,10 +365,51 @@ PRUNEKIT_BODY void rows_in_place_block(Team& team, const RowJob& job, uint32_t b
       for (int i = 0; i < DEPTH; ++i) {
         const int64_t row = batch + i * ROWS + thread / LANES;
         if (at < job.words && row < job.index.count)
-          store(job.to + row * job.to_stride + at * WORD, held[thread][i]);
+          store(job.to + row * job.to_stride + at * VECTOR, held[thread][i]);
       }
     });
   }
+}
+
+// The same of unaligned rows: what a block owns of a row is a run.
+template <int WORD, typename Team>
+PRUNEKIT_BODY void strip_of_runs(Team& team, const RowJob& job, uint32_t block) {
+  constexpr int LANES = EDGE_STRIP_LANES;
+  constexpr int ROWS = STRIP_THREADS / LANES;
+  const int64_t start = static_cast<int64_t>(block) * job.strip - job.lead;
+  const int64_t begin = start < 0 ? 0 : start;
+  const int64_t bytes = smaller(start + job.strip, job.words * WORD) - begin;
+  typename Team::template Private<Word<VECTOR>[EDGE_DEPTH]> held;
+  for (int64_t batch = 0; batch < job.index.count; batch += ROWS * EDGE_DEPTH) {
+    team.phase([&](int thread) {
+      Run<WORD> run[EDGE_DEPTH];
+      int64_t at[EDGE_DEPTH];
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < EDGE_DEPTH; ++i) {
+        const int64_t row = smaller(batch + i * ROWS + thread / LANES, job.index.count - 1);
+        run[i] = {job.from + job.index.at(row) * job.from_stride + begin,
+                  job.to + row * job.to_stride + begin, bytes};
+        at[i] = run[i].at(thread % LANES);
+      }
+      load_runs(run, at, held[thread]);
+    });
+    team.phase([&](int thread) {
+      PRUNEKIT_UNROLL
+      for (int i = 0; i < EDGE_DEPTH; ++i) {
+        const int64_t row = batch + i * ROWS + thread / LANES;
+        const Run<WORD> run{nullptr, job.to + row * job.to_stride + begin, bytes};
+        if (row < job.index.count) run.store_at(run.at(thread % LANES), held[thread][i]);
+      }
+    });
+  }
+}
+
+template <int WORD, typename Team>
+PRUNEKIT_BODY void rows_in_place_block(Team& team, const RowJob& job, uint32_t block) {
+  if constexpr (WORD == VECTOR)
+    strip_of_vectors(team, job, block);
+  else
+    strip_of_runs<WORD>(team, job, block);
 }
 
 // ---- Columns. A block makes a tile of the output, THREADS vectors wide. From half of the columns
@@ -451,16 +625,8 @@ inline MlpJob plan_mlp(
   if (up.data != nullptr) job.up = plan_rows(up_to, up, index, element_size);
   job.vectors = job.gate.word == VECTOR && (up.data == nullptr || job.up.word == VECTOR);
   if (!job.vectors) {  // one word for both, which the kernel knows when it is compiled
-    for (RowJob* rows : {&job.gate, &job.up}) {
-      if (rows->blocks == 0) continue;
-      rows->words = rows->words * rows->word / element_size;
-      rows->word = element_size;
-      rows->lane_bits = 0;
-      while (1 << rows->lane_bits < THREADS && int64_t{COPIES} << rows->lane_bits < rows->words)
-        ++rows->lane_bits;
-      rows->across = blocks_of(rows->words, int64_t{COPIES} << rows->lane_bits);
-      rows->blocks = rows->across * blocks_of(index.count, THREADS >> rows->lane_bits);
-    }
+    for (RowJob* rows : {&job.gate, &job.up})
+      if (rows->blocks != 0) share_rows(*rows, element_size);
   }
   return job;
 }
