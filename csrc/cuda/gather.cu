@@ -19,8 +19,10 @@ struct Team {
   }
 };
 
+// Unaligned rows keep 64 registers a thread: asked for fewer, as it likes best, the compiler spills.
 template <int WORD>
-__global__ void __launch_bounds__(THREADS) gather_rows_kernel(const __grid_constant__ RowJob job) {
+__global__ void __launch_bounds__(THREADS, WORD == VECTOR ? 0 : 8)
+    gather_rows_kernel(const __grid_constant__ RowJob job) {
   Team team;
   rows_block<WORD>(team, job, blockIdx.x);
 }
