@@ -45,6 +45,7 @@ struct Arena {
   std::vector<int32_t> owner = std::vector<int32_t>(size, -1);
   char* start = nullptr;
   int64_t read_bytes = 0, index_bytes = 0, written_bytes = 0, index_start = 0, index_end = 0;
+  int64_t reads = 0, writes = 0;  // of the matrices
   int32_t block = 0;
   bool in_place = false, strips = false;
 
@@ -57,7 +58,7 @@ struct Arena {
       std::fill_n(flags->begin(), used, 0);
     std::fill_n(owner.begin(), used, -1);
     used = 128;
-    read_bytes = index_bytes = written_bytes = 0;
+    read_bytes = index_bytes = written_bytes = reads = writes = 0;
   }
 
   char* take(int64_t bytes, int64_t misalignment) {
@@ -253,6 +254,16 @@ void seed_bug(RowJob& job, const std::string& bug) {
   if (bug == "stride") job.from_stride += job.word;
   if (bug == "lanes") job.lane_bits += 1;
   if (bug == "blocks" && job.blocks > 0) job.blocks -= 1;
+  if (bug == "base") job.from += job.word;
+  if (bug == "word" && job.word < 8 && job.words % 2 == 0) job.word *= 2, job.words /= 2;
+  if (bug == "strip" && job.word < VECTOR) job.strip += VECTOR;
+  if (bug == "lead" && job.word < VECTOR) job.lead += job.word;
+  if (bug == "ends" && job.blocks > 0 && job.word < VECTOR) {  // as if rows began with a vector
+    const int64_t vectors = blocks_of(job.words * job.word, VECTOR);
+    while (job.lane_bits > 0 && int64_t{COPIES} << (job.lane_bits - 1) >= vectors) --job.lane_bits;
+    job.across = blocks_of(vectors, int64_t{COPIES} << job.lane_bits);
+    job.blocks = job.across * blocks_of(job.index.count, THREADS >> job.lane_bits);
+  }
 }
 
 void seed_bug(ColumnJob& job, const std::string& bug) {
@@ -344,6 +355,17 @@ void check_mlp(const Case& c, const std::string& bug) {
     if (i != 1 || with_up) check_result(to[i], from[i], before[i], index, c.element, i == 2);
 }
 
+// Bytes of one load, then of one store, on average: 2-byte elements in rows of an odd number.
+void print_width(const std::string& kind) {
+  const bool columns = kind.find("columns") == 0, in_place = kind.find("in_place") != kind.npos;
+  const Case c = columns ? Case{31, 16385, 8191, 2, 1, 3, 0, 0, true, true}
+                         : Case{192, 4097, 96, 2, 1, 3, 0, 0, true, true};
+  arena.clear();
+  (in_place ? check_in_place : check_gather)(c, columns, "");
+  std::printf("%.2f %.2f\n", double(arena.read_bytes) / arena.reads,
+              double(arena.written_bytes) / arena.writes);
+}
+
 // Bytes of the matrices, then of the index, over those that cannot be avoided: half of either is
 // kept, and of rows in place a whole batch.
 void print_traffic(const std::string& kind) {
@@ -386,6 +408,7 @@ static void on_read(const void* address, int bytes) {
   const int64_t at = arena.checked(address, bytes, arena.readable, "a read");
   const bool of_index = at >= arena.index_start && at < arena.index_end;
   (of_index ? arena.index_bytes : arena.read_bytes) += bytes;
+  arena.reads += !of_index;
   if (!arena.in_place || of_index) return;
   arena.own(at, bytes);
   // Of rows every byte read is used; of columns, the values show whether a stale one was.
@@ -398,6 +421,7 @@ static void on_write(const void* address, int bytes) {
   const int64_t at = arena.checked(address, bytes, arena.writable, "a write");
   for (int64_t i = at; i < at + bytes; ++i) arena.written[i] += arena.written[i] < 255;
   arena.written_bytes += bytes;
+  ++arena.writes;
   if (arena.in_place) arena.own(at, bytes);
 }
 
@@ -405,6 +429,7 @@ int main(int argc, char** argv) {
   const std::string kind = argc > 1 ? argv[1] : "", bug = argc > 2 ? argv[2] : "";
   const std::string seen = argc > 3 ? argv[3] : "";
   if (bug == "traffic") return print_traffic(kind), problems.empty() ? 0 : 1;
+  if (bug == "width of accesses") return print_width(kind), problems.empty() ? 0 : 1;
   const bool in_place = kind.find("in_place") != kind.npos, columns = kind.find("columns") == 0;
   // Less than a vector, about a block's share, many; short, and longer than a batch of rows.
   const std::vector<int64_t> across = {1, 7, 64, 129, 520}, down = {1, 5, 33, 700};
@@ -418,16 +443,19 @@ int main(int argc, char** argv) {
         const int64_t most = kind == "mlp" ? 200000 : 900000;
         while (c.rows * c.columns * element > most) c.rows /= 2;
         const int64_t limit = columns ? c.columns : c.rows;
-        for (int way = 0; way < 6; ++way) {
-          const int64_t keep[] = {limit / 2, limit, 1, limit * 3 / 4, limit / 9, 0};
+        for (int way = 0; way < 10; ++way) {
+          const int64_t keep[] = {limit / 2, limit, 1, limit * 3 / 4, limit / 9, 0,
+                                  limit / 2, limit * 3 / 4, limit / 2, limit * 2 / 3};
           c.kept = keep[way];
           c.wide = below(2);
           c.ascending = in_place || below(3) > 0;
-          c.misaligned_from = way < 2 ? 0 : int(below(3));
-          c.misaligned_to = way < 2 ? 0 : int(below(3));
-          c.from_padding = way < 2 ? int(-(uint64_t(c.columns)) % 16) : int(below(4));
-          c.to_padding = way < 2 ? int(-(uint64_t(columns ? c.kept : c.columns)) % 16)
-                                 : int(below(4));
+          // Aligned; rows that lie anyhow; all rows alike, and then as those they come from.
+          const bool whole_strides = way < 2 || way == 6 || way == 7;
+          c.misaligned_from = way < 2 ? 0 : int(below(VECTOR));
+          c.misaligned_to = way < 2 ? 0 : way == 7 ? c.misaligned_from : int(below(VECTOR));
+          c.from_padding = whole_strides ? int(-(uint64_t(c.columns)) % 16) : int(below(VECTOR));
+          c.to_padding = whole_strides ? int(-(uint64_t(columns ? c.kept : c.columns)) % 16)
+                                       : int(below(VECTOR));
           run_case(kind, c, bug);
           ++cases;
           for (const auto& [what, times] : problems)

@@ -20,6 +20,9 @@ BUGS = [
     ("rows", "stride", "outside of the matrix"),
     ("rows", "lanes", "a byte written twice"),
     ("rows", "blocks", "a byte not written"),
+    ("rows", "base", "outside of the matrix"),
+    ("rows", "word", "not aligned"),
+    ("rows", "ends", "a byte not written"),
     ("columns", "count", "outside of the matrix"),
     ("columns", "width", "outside of the matrix"),
     ("columns", "stride", "a wrong value"),
@@ -29,6 +32,10 @@ BUGS = [
     ("rows_in_place", "order", "a read of what was overwritten"),
     ("rows_in_place", "width", "two blocks touch one byte"),
     ("rows_in_place", "blocks", "a byte not written"),
+    ("rows_in_place", "base", "two blocks touch one byte"),
+    ("rows_in_place", "word", "not aligned"),
+    ("rows_in_place", "strip", "a byte not written"),
+    ("rows_in_place", "lead", "a byte not written"),
     ("columns_in_place", "order", "a wrong value"),
     ("columns_in_place", "width", "outside of the matrix"),
     ("columns_in_place", "tiles", "two blocks touch one byte"),
@@ -59,7 +66,7 @@ def driver(tmp_path_factory):
 def test_each_element_once_and_nothing_else(driver, kind):
     result = driver(kind)
     assert result.returncode == 0, result.stdout
-    assert result.stdout == "480 cases, 0 kinds of problem\n"
+    assert result.stdout == "800 cases, 0 kinds of problem\n"
 
 
 @pytest.mark.parametrize(("kind", "bug", "seen"), BUGS)
