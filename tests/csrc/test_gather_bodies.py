@@ -81,3 +81,14 @@ def test_bytes_moved(driver, kind):
     moved, index = map(float, driver(kind, "traffic").stdout.split())
     assert moved <= 1.01  # of what cannot be avoided
     assert index <= 0.25  # asked of the caches again and again, of memory once
+
+
+# At least so many bytes a load and a store, where rows of 2-byte elements are an odd number long. In
+# place a block owns 112 bytes of a row, whose ends lie within vectors.
+@pytest.mark.parametrize(
+    ("kind", "loaded", "stored"), [("rows", 15.5, 15.5), ("rows_in_place", 7, 8)]
+)
+def test_unaligned_rows_move_in_vectors(driver, kind, loaded, stored):
+    widths = driver(kind, "width of accesses").stdout.split()
+    assert float(widths[0]) >= loaded
+    assert float(widths[1]) >= stored
