@@ -394,6 +394,22 @@ def blocks(views: list[MLPView]) -> Iterator[list[int]]:
             start = i
 
 
+def decoder_layers(model: nn.Module, views: list[MLPView]) -> list[nn.Module]:
+    """The decoder layers: the outermost members of module lists that hold an MLP."""
+    holders = {id(view.module) for view in views}
+    found: list[nn.Module] = []
+    covered: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or id(module) in covered:
+            continue
+        for layer in module:
+            inside = {id(part) for part in layer.modules()}
+            if inside & holders:
+                found.append(layer)
+                covered |= inside
+    return found
+
+
 def fingerprint(views: list[MLPView]) -> str:
     """A hash of the names, kinds, widths and hidden sizes: the same model pruned gives another."""
     return digest([(v.name, v.kind, v.act, v.width, v.down.shape[0]) for v in views])

@@ -102,7 +102,8 @@ def calibrate(
         tokenizer: its tokenizer.
         target: the corpus of the task to keep: a JSONL or CSV file, ``hf:NAME``, texts, a Corpus.
         distractors: corpora to contrast it with, taken together as one class.
-        gram: also accumulate the target's Gram matrices, 4·F² bytes an MLP; lstsq needs them.
+        gram: also accumulate the target's Gram matrices, 4·F² bytes an MLP, and keep its prompts'
+            token ids; lstsq needs the former, sequential and distill both.
         gradients: also run the target backwards, for the taylor criterion and for repairs that
             weigh errors by their effect on the loss; 4·D² bytes an MLP.
         max_length: tokens of a prompt that are read.
@@ -134,6 +135,7 @@ def calibrate(
     model.eval()
     classes: dict[str, list[NeuronSums]] = {}
     record: list[dict[str, Any]] = []
+    replayed = None
     try:
         for name, members in corpora.items():
             prompts = []
@@ -152,6 +154,7 @@ def calibrate(
                     }
                 )
             wanted = gram and name == "target"
+            replayed = prompts if wanted else replayed
             recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
             _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
             if gradients and name == "target":
@@ -167,7 +170,7 @@ def calibrate(
         "max_length": max_length,
         "corpora": record,
     }
-    return NeuronStats([v.name for v in views], classes, fingerprint(views), provenance)
+    return NeuronStats([v.name for v in views], classes, fingerprint(views), provenance, replayed)
 
 
 def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:

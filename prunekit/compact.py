@@ -11,7 +11,16 @@ from torch import nn
 
 from prunekit import ops
 from prunekit.arch import MLPView, Slot, blocks, find_mlps, text_config
-from prunekit.compensate import Repair, check_method, default_method, repair
+from prunekit.compensate import (
+    Repair,
+    Teacher,
+    check_method,
+    check_prompts,
+    default_method,
+    needs_prompts,
+    repair,
+    sequential,
+)
 from prunekit.errors import InputError
 from prunekit.nn import CompactMLP
 from prunekit.plan import PrunePlan
@@ -26,14 +35,19 @@ def prune(
     *,
     stats: NeuronStats | None = None,
     compensate: str | None = None,
+    minutes: float = 15.0,
+    quiet: bool = True,
 ) -> nn.Module:
     """Remove the neurons that a plan does not keep, in place, and repair the down projections.
 
     Args:
         model: the dense model that the plan was made for.
         plan: from `plan`.
-        stats: what `calibrate` found; needed by bias and lstsq.
-        compensate: none, bias or lstsq; None takes lstsq where stats have a Gram matrix, else none.
+        stats: what `calibrate` found; needed by every repair.
+        compensate: none, bias, lstsq, sequential or distill; None takes sequential where stats were
+            calibrated with ``gram=True``, else none.
+        minutes: how long distill may take, beside the sequential repair it starts from.
+        quiet: no progress bar.
 
     Returns:
         The same model, smaller; ``model.prunekit`` records what was done.
@@ -57,12 +71,10 @@ def prune(
         stats.check_model(views)
         if compensate == "bias":
             _check_bias_slot(model, views)
-    fixes = [
-        repair(view, sums, kept, compensate) if compensate != "none" else None
-        for view, kept, sums in zip(
-            views, plan.kept, stats.target if stats else [None] * len(views), strict=True
-        )
-    ]
+    if needs_prompts(compensate):
+        check_prompts(views, stats, compensate)
+    teacher = Teacher(model, stats) if compensate == "distill" else None
+    fixes = _repairs(model, views, plan, stats, compensate, quiet)
     with torch.no_grad():
         for indices in blocks(views):
             _compact_block(
@@ -71,8 +83,26 @@ def prune(
                 [fixes[i] for i in indices],
             )
     _update_config(model, views, plan, opens_bias=compensate == "bias")
+    if teacher is not None:
+        teacher.teach(model, views, minutes=minutes, quiet=quiet)
     model.prunekit = _record(plan, stats, compensate)
     return model
+
+
+def _repairs(
+    model: nn.Module,
+    views: list[MLPView],
+    plan: PrunePlan,
+    stats: NeuronStats | None,
+    method: str,
+    quiet: bool,
+) -> list[Repair | None]:
+    if method == "none":
+        return [None] * len(views)
+    if needs_prompts(method):
+        return sequential(model, views, plan.kept, stats, quiet=quiet)
+    triples = zip(views, stats.target, plan.kept, strict=True)
+    return [repair(view, sums, kept, method) for view, sums, kept in triples]
 
 
 def _record(plan: PrunePlan, stats: NeuronStats | None, compensate: str) -> dict[str, Any]:

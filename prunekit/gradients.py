@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from prunekit import ops
-from prunekit.arch import MLPView, Slot
+from prunekit.arch import MLPView, Slot, decoder_layers
 from prunekit.batching import Tokens
 from prunekit.errors import InputError
 from prunekit.progress import progress_bar
@@ -64,7 +64,7 @@ def add_gradients(
     with ExitStack() as stack:
         stack.enter_context(_weights_reduced(model, views, sums))
         stack.enter_context(_outputs_watched(views, sums))
-        stack.enter_context(_checkpointed(_layers(model, views)))
+        stack.enter_context(checkpointed(decoder_layers(model, views)))
         bar = stack.enter_context(progress_bar(total, "gradients", "tok", quiet=quiet))
         for prompt in prompts:
             _backward(model, prompt)
@@ -179,24 +179,8 @@ def _experts_hook(views: list[MLPView], indices: list[int], sums: list[NeuronSum
     return watch
 
 
-def _layers(model: nn.Module, views: list[MLPView]) -> list[nn.Module]:
-    """The decoder layers: the outermost members of module lists that hold an MLP."""
-    holders = {id(view.module) for view in views}
-    found: list[nn.Module] = []
-    covered: set[int] = set()
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or id(module) in covered:
-            continue
-        for layer in module:
-            inside = {id(part) for part in layer.modules()}
-            if inside & holders:
-                found.append(layer)
-                covered |= inside
-    return found
-
-
 @contextmanager
-def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
+def checkpointed(layers: list[nn.Module]) -> Iterator[None]:
     """Inside, the layers keep their inputs alone, and run again when the backward needs more."""
 
     def again(forward: Callable) -> Callable:

@@ -15,6 +15,7 @@ import torch
 
 from prunekit import files, ops
 from prunekit.arch import MLPView, fingerprint
+from prunekit.batching import Tokens
 from prunekit.errors import InputError
 from prunekit.ops.gated_act_stats import (
     TOKEN_ACTIVE,
@@ -170,12 +171,14 @@ class NeuronStats:
         classes: "target", and "distractor" where there is one.
         fingerprint: of the model's MLPs (`arch.fingerprint`).
         provenance: model, corpora (file, hash, prompts, tokens), dtype, token limit.
+        prompts: the target's prompts as token ids, for repairs that run the model again; or None.
     """
 
     names: list[str]
     classes: dict[str, list[NeuronSums]]
     fingerprint: str
     provenance: dict[str, Any] = field(default_factory=dict)
+    prompts: list[Tokens] | None = None
 
     @property
     def target(self) -> list[NeuronSums]:
@@ -214,7 +217,9 @@ class NeuronStats:
                 many if mine is None else [a.merge(b) for a, b in zip(mine, many, strict=True)]
             )
         both = {"merged": [self.provenance, other.provenance]}
-        return NeuronStats(self.names, classes, self.fingerprint, both)
+        lacking = self.prompts is None or other.prompts is None
+        prompts = None if lacking else self.prompts + other.prompts
+        return NeuronStats(self.names, classes, self.fingerprint, both, prompts)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
@@ -227,6 +232,11 @@ class NeuronStats:
                     value = getattr(s, key)
                     if value is not None:
                         tensors[f"{name}.{i}.{key}"] = value
+        if self.prompts is not None:
+            ids = [torch.tensor(p.ids, dtype=torch.int32) for p in self.prompts]
+            tensors["prompts.ids"] = torch.cat(ids)
+            spans = [(len(p.ids), p.scored) for p in self.prompts]
+            tensors["prompts.spans"] = torch.tensor(spans, dtype=torch.int32)
         header = {
             "names": self.names,
             "counts": counts,
@@ -255,6 +265,23 @@ class NeuronStats:
                     )
                     for i, (prompts, tokens) in enumerate(counts)
                 ]
-            return cls(header["names"], classes, header["fingerprint"], header["provenance"])
+            return cls(
+                header["names"],
+                classes,
+                header["fingerprint"],
+                header["provenance"],
+                _read_prompts(tensors),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its header and tensors do not fit together") from error
+
+
+def _read_prompts(tensors: dict[str, torch.Tensor]) -> list[Tokens] | None:
+    if "prompts.ids" not in tensors:
+        return None
+    spans = tensors["prompts.spans"]
+    rows = tensors["prompts.ids"].split(spans[:, 0].tolist())
+    return [
+        Tokens(tuple(row.tolist()), scored)
+        for row, scored in zip(rows, spans[:, 1].tolist(), strict=True)
+    ]

@@ -21,7 +21,7 @@ def _gram_update_fake(gram: torch.Tensor, h: torch.Tensor) -> None:
 
 
 @contextmanager
-def _bf16_products():
+def bf16_products():
     """Let oneDNN multiply fp32 as bf16 with fp32 sums: exact for matrices of bf16 values."""
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
@@ -33,7 +33,7 @@ def _bf16_products():
 
 def _gram_update_cpu(gram: torch.Tensor, h: torch.Tensor) -> None:
     if h.dtype == torch.bfloat16:
-        with _bf16_products():
+        with bf16_products():
             gram_update_tiled(gram, h.float())
     else:
         gram_update_tiled(gram, h)

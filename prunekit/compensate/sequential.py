@@ -1,0 +1,196 @@
+"""Repair layer by layer: each down projection sees what the pruned layers before it give.
+
+Least squares on dense activations (`lstsq`) repairs every MLP as if the others were whole, so the
+errors of a deep model add up. Here layer l's kept activations come from the model whose layers
+before l are already pruned and repaired, and they aim at the dense model's hidden states.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from prunekit.arch import MLPView, decoder_layers
+from prunekit.batching import Batch, batches
+from prunekit.compensate.base import Repair
+from prunekit.compensate.importance import token_weights
+from prunekit.compensate.lstsq import lstsq
+from prunekit.compensate.regression import Regression
+from prunekit.compensate.streams import Calls, in_fp32, record_calls, watched
+from prunekit.progress import progress_bar
+from prunekit.stats import NeuronStats
+
+logger = logging.getLogger(__name__)
+
+BLEND = 0.75  # of the earlier layers' error in the residual stream that an MLP is to make good
+BATCH_TOKENS = 1024
+HELD_OUT = 5  # every fifth batch chooses the ridge
+
+
+@torch.no_grad()
+def sequential(
+    model: nn.Module,
+    views: Sequence[MLPView],
+    kept: Sequence[torch.Tensor],
+    stats: NeuronStats,
+    *,
+    quiet: bool = False,
+) -> list[Repair | None]:
+    """Repair every down projection for the neurons that stay, from the first layer to the last.
+
+    With h the activations in the model pruned so far, y and r the dense MLP's output and what the
+    dense layer adds it to, r̃ the same in the pruned model, and a weight w for every token:
+    W' = argmin Σ w ‖y + BLEND·(r - r̃) - W'·h[S]‖² + ridge. Tokens weigh as the loss gradient at
+    the MLP's output does (`importance`), the ridge is chosen by held-out prompts (`regression`).
+
+    Experts, and MLPs that share a layer with them, are repaired by `lstsq`. Where a layer does more
+    to its MLP's output than add it, BLEND is 0.
+
+    Args:
+        model: the dense model; as it was, bit for bit, on return and on error.
+        views: its MLPs.
+        kept: for each of them the neurons that stay.
+        stats: with Gram matrices and prompts (`check_prompts`).
+        quiet: no progress bar.
+
+    Cost:
+        Four forwards of the decoder and one backward without weight gradients; T·F'² + 2·T·D·F'
+        FLOP an MLP and the solution's own. 8·T·D bytes of hidden states, two layers in fp32.
+
+    Source:
+        Asymmetric calibration: GPTAQ, Li et al., arXiv 2504.02692, for neurons instead of grids.
+    """
+    layers = decoder_layers(model, list(views))
+    members = [_members(layer, views) for layer in layers]
+    alone = [m[0] for m in members if len(m) == 1 and views[m[0]].kind != "experts"]
+    groups = list(batches(stats.prompts, BATCH_TOKENS))
+    was_training = model.training
+    model.eval()
+    try:
+        found = token_weights(model, [views[i] for i in alone], layers, groups)
+        weights = dict(zip(alone, found, strict=True))
+        with _restored([views[i] for m in members for i in m]):
+            return _walk(model, views, kept, stats, layers, members, weights, groups, quiet)
+    finally:
+        model.train(was_training)
+
+
+def _members(layer: nn.Module, views: Sequence[MLPView]) -> list[int]:
+    inside = {id(part) for part in layer.modules()}
+    return [i for i, view in enumerate(views) if id(view.module) in inside]
+
+
+@contextmanager
+def _restored(views: Sequence[MLPView]) -> Iterator[None]:
+    """Inside, down projections may be overwritten; after, they are what they were."""
+    before = [(view, view.down.clone(), _copy(view.down_bias)) for view in views]
+    try:
+        yield
+    finally:
+        for view, down, bias in before:
+            view.down.copy_(down)
+            if bias is not None:
+                view.down_bias.copy_(bias)
+
+
+def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach().clone()
+
+
+def _walk(model, views, kept, stats, layers, members, weights, groups, quiet):
+    calls = [record_calls(model, layers, batch) for batch in groups]
+    dense = [call.hidden for call in calls]
+    pruned = list(dense)
+    repairs: list[Repair | None] = [None] * len(views)
+    total = len(layers) * sum(batch.tokens for batch in groups)
+    with progress_bar(total, "repair", "tok", quiet=quiet) as bar:
+        for number, (layer, inside) in enumerate(zip(layers, members, strict=True)):
+            if len(inside) == 1 and inside[0] in weights:
+                i = inside[0]
+                step = _Layer(layer, number, views[i], kept[i].long(), calls)
+                repairs[i] = step.repair(dense, pruned, weights[i], bar)
+            else:
+                for i in inside:
+                    if stats.target[i].tokens:
+                        repairs[i] = lstsq(views[i], stats.target[i], kept[i].long())
+                with in_fp32(layer):
+                    dense[:] = [c.run(layer, number, x) for c, x in zip(calls, dense, strict=True)]
+                bar.update(sum(batch.tokens for batch in groups))
+            for i in inside:
+                _install(views[i], kept[i].long(), repairs[i])
+            with in_fp32(layer):
+                pruned[:] = [c.run(layer, number, x) for c, x in zip(calls, pruned, strict=True)]
+    return repairs
+
+
+def _install(view: MLPView, kept: torch.Tensor, repair: Repair | None) -> None:
+    """Give the full-width projection the pruned one's results: zeros for what goes."""
+    down = view.down
+    columns = down[:, kept.to(down.device)] if repair is None else repair.down.to(down)
+    down.zero_()
+    down[:, kept.to(down.device)] = columns
+    if repair is not None and repair.bias is not None:
+        view.down_bias.copy_(repair.bias)
+
+
+class _Layer:
+    """One decoder layer with one MLP, in both models."""
+
+    def __init__(self, layer, number: int, view: MLPView, kept: torch.Tensor, calls: list[Calls]):
+        self.layer, self.number, self.view, self.calls = layer, number, view, calls
+        self.kept = kept.to(view.down.device)
+
+    def repair(self, dense, pruned, weights, bar) -> Repair | None:
+        """Solve for this layer's down projection, and move the dense stream on past it."""
+        with in_fp32(self.layer), watched(self.view.down_owner) as seen:
+            blend = BLEND if self._adds(pruned[-1]) else 0.0
+            down, bias = self.view.down[:, self.kept], self.view.down_bias
+            device = down.device
+            problem = Regression(*down.shape, device, intercept=bias is not None)
+            for b, call in enumerate(self.calls):
+                rows = call.counted
+                out = call.run(self.layer, self.number, dense[b])
+                aim = seen["y"][rows].float()
+                if blend:
+                    aim = aim + blend * (_rows(out, rows) - aim)
+                dense[b] = out
+                out = call.run(self.layer, self.number, pruned[b])
+                if blend:
+                    aim = aim - blend * (_rows(out, rows) - seen["y"][rows])
+                h = seen["h"][rows][:, self.kept].float()
+                error = aim - torch.nn.functional.linear(h, down, bias)
+                problem.add(h, error, weights[b].to(device), held_out=b % HELD_OUT == 0)
+                bar.update(int(rows.sum()))
+            solution = problem.solve()
+        if solution is None:
+            logger.warning("%s: its activations are all 0; left unrepaired", self.view.name)
+            return None
+        change, shift = solution
+        new = down.double().cpu() + change
+        return Repair(new, None if bias is None else bias.double().cpu() + shift)
+
+    def _adds(self, hidden: torch.Tensor) -> bool:
+        """Whether what the layer gives moves by just as much as its MLP's output does."""
+        call, owner = self.calls[-1], self.view.down_owner
+        out = call.run(self.layer, self.number, hidden)
+        move: list[torch.Tensor] = []
+
+        def shift(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(output.shape, generator=generator).to(output)
+            move.append(noise * output.square().mean().sqrt())
+            return output + move[0]
+
+        with ExitStack() as stack:
+            stack.callback(owner.register_forward_hook(shift).remove)
+            moved = call.run(self.layer, self.number, hidden) - out
+        wanted = move[0].reshape(moved.shape)
+        return bool((moved - wanted).norm() <= 1e-2 * wanted.norm())
+
+
+def _rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])[rows]

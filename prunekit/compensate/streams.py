@@ -1,0 +1,107 @@
+"""Runs a decoder layer by layer over hidden states that are kept: what layer-wise repair needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.batching import Batch
+from prunekit.ops.gram import bf16_products
+
+
+@dataclass
+class Calls:
+    """How the model calls its layers on one batch.
+
+    Attributes:
+        hidden: [B, S, D], fp32: what enters the first layer.
+        rest: for each layer the other positional and named arguments.
+        counted: [B·S], bool: which rows are tokens of a prompt and not padding.
+    """
+
+    hidden: torch.Tensor
+    counted: torch.Tensor
+    rest: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+
+    def run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's hidden states for other inputs than the model's own."""
+        arguments, named = self.rest[index]
+        out = layer(hidden, *arguments, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.float()
+    if isinstance(value, tuple):
+        return tuple(map(_wide, value))
+    return value
+
+
+@torch.no_grad()
+def record_calls(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) -> Calls:
+    """Run the dense decoder once and keep how it calls its layers."""
+    device = next(model.parameters()).device
+    counted = torch.zeros(batch.ids.shape, dtype=torch.bool)
+    for row, length in zip(counted, batch.lengths, strict=True):
+        row[:length] = True
+    calls = Calls(torch.empty(0), counted.flatten().to(device))
+
+    def keep(layer: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        named = dict(named)
+        hidden = arguments[0] if arguments else named.pop("hidden_states")
+        if not calls.rest:
+            calls.hidden = hidden.float()
+        named = {name: _wide(value) for name, value in named.items()}
+        calls.rest.append((tuple(map(_wide, arguments[1:])), named))
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        decoder(input_ids=batch.ids.to(device), use_cache=False)
+    return calls
+
+
+@contextmanager
+def in_fp32(module: nn.Module) -> Iterator[None]:
+    """Inside, a module's weights are fp32: its results are, so small differences survive.
+
+    bf16 weights still multiply as bf16 on the CPU, with fp32 sums. Weights that nobody changed come
+    back bit for bit.
+    """
+    before = {parameter: parameter.dtype for parameter in module.parameters()}
+    buffers = {name: buffer for name, buffer in module.named_buffers()}
+    with ExitStack() as stack:
+        if torch.bfloat16 in before.values():
+            stack.enter_context(bf16_products())
+        module.float()
+        try:
+            yield
+        finally:
+            for parameter, dtype in before.items():
+                parameter.data = parameter.data.to(dtype)
+            for name, buffer in buffers.items():
+                owner, _, leaf = name.rpartition(".")
+                module.get_submodule(owner)._buffers[leaf] = buffer
+
+
+@contextmanager
+def watched(down: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, the last input h and output y of a down projection, as rows: [T, F] and [T, D]."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+        seen["h"] = arguments[0].reshape(-1, arguments[0].shape[-1])
+        seen["y"] = output.reshape(-1, output.shape[-1])
+
+    handle = down.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
