@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit.arch import find_mlps
-from prunekit.compensate import RIDGE, repair
+from prunekit.arch import decoder_layers, find_mlps
+from prunekit.batching import batches
+from prunekit.compensate import RIDGE, importance, repair, sequential
+from prunekit.compensate.regression import FLOOR, Regression
 from prunekit.errors import InputError
 from prunekit.stats import NeuronSums
 from tests.models import logits, tiny_model
@@ -79,7 +81,7 @@ def test_lstsq_without_a_gram_matrix_says_so(llama, tokenizer, texts):
 
 def test_an_unknown_method_lists_the_valid_ones(llama):
     plan = pk.plan([torch.rand(96)] * 2, 0.5)
-    with pytest.raises(InputError, match="expected one of none, bias, lstsq"):
+    with pytest.raises(InputError, match="expected one of none, bias, lstsq, sequential, distill"):
         pk.prune(llama, plan, compensate="magic")
 
 
@@ -96,7 +98,159 @@ def test_repair_brings_the_logits_closer_on_the_calibration_tokens(name, tokeniz
         pk.prune(pruned, plan, stats=stats, compensate=method)
         return (pruned(input_ids=ids).logits - model(input_ids=ids).logits).norm()
 
-    assert error("lstsq") < 0.9 * error("none")
+    plain = error("none")
+    assert error("lstsq") < 0.9 * plain
+    assert error("sequential") < 0.9 * plain
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "gemma2"])
+def test_sequential_leaves_the_dense_model_bit_for_bit(name, dtype, tokenizer, texts):
+    model = tiny_model(name).to(dtype)
+    stats = pk.calibrate(model, tokenizer, texts, gram=True, quiet=True)
+    views = find_mlps(model)
+    kept = pk.plan(pk.score(stats, model), 0.5, multiple_of=8).kept
+    before = weights_of(model)
+    fixes = sequential(model, views, kept, stats, quiet=True)
+    assert all(torch.isfinite(fix.down).all() for fix in fixes)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.dtype == dtype and p.requires_grad for p in model.parameters())
+
+
+def test_sequential_solves_the_second_layer_on_the_pruned_first(llama, tokenizer, texts):
+    """Against a direct fp64 solution on activations taken by hooks, ridge and weights as chosen."""
+    stats = pk.calibrate(llama, tokenizer, texts, gram=True, quiet=True)
+    views = find_mlps(llama)
+    kept = [k.long() for k in pk.plan(pk.score(stats, llama), 0.5, multiple_of=8).kept]
+    chosen = []
+    fit = Regression._fit
+
+    def spy(self, gram, cross, ridge):
+        chosen.append(ridge)
+        return fit(self, gram, cross, ridge)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Regression, "_fit", spy)
+        fixes = sequential(llama, views, kept, stats, quiet=True)
+    ridge = chosen[-1]  # the last fit is the second layer's, on all prompts
+    groups = list(batches(stats.prompts, 1024))
+    weights = importance.token_weights(llama, views, decoder_layers(llama, views), groups)[1]
+    llama = llama.double()
+    dense = second_layer(llama, groups)
+    with torch.no_grad():
+        views[0].down.zero_()
+        views[0].down[:, kept[0]] = fixes[0].down.float().double()
+    pruned = second_layer(llama, groups)
+    y, h = dense["y"], pruned["h"][:, kept[1]]
+    aim = y + 0.75 * ((dense["out"] - y) - (pruned["out"] - pruned["y"]))
+    down = views[1].down.detach()[:, kept[1]]
+    w = torch.cat(weights).double()[:, None]
+    gram = (h * w).T @ h
+    floor = FLOOR * gram.diagonal().mean()
+    gram.diagonal().mul_(1 + ridge).add_(floor)
+    want = down + torch.linalg.solve(gram, (h * w).T @ (aim - h @ down.T)).T
+    assert (fixes[1].down - want).norm() < 1e-3 * (want - down).norm()
+
+
+@torch.no_grad()
+def second_layer(model, groups):
+    """h, y and the layer's output of layer 1, rows of prompts only, in the order of the batches."""
+    found = {"h": [], "y": [], "out": []}
+    layer = model.model.layers[1]
+
+    def mlp(module, arguments, output):
+        found["h"].append(arguments[0])
+        found["y"].append(output)
+
+    handles = [
+        layer.mlp.down_proj.register_forward_hook(mlp),
+        layer.register_forward_hook(lambda module, arguments, out: found["out"].append(out)),
+    ]
+    rows = []
+    for batch in groups:
+        model(input_ids=batch.ids)
+        rows.append(torch.arange(batch.ids.shape[1]) < torch.tensor(batch.lengths)[:, None])
+    for handle in handles:
+        handle.remove()
+    return {
+        name: torch.cat([t[mask] for t, mask in zip(many, rows, strict=True)])
+        for name, many in found.items()
+    }
+
+
+def test_a_regression_is_weighted_least_squares_with_an_intercept():
+    h, error, w = torch.randn(200, 12), torch.randn(200, 5) + 2, torch.rand(200) + 0.1
+    problem = Regression(5, 12, torch.device("cpu"), intercept=True)
+    problem.add(h[:150], error[:150], w[:150], held_out=False)
+    problem.add(h[150:], error[150:], w[150:], held_out=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Regression, "_choose", lambda *_: 0.0)
+        change, shift = problem.solve()
+    one = torch.cat([h, torch.ones(200, 1)], dim=1).double()
+    root = w.sqrt()[:, None].double()
+    want = torch.linalg.lstsq(one * root, error.double() * root).solution.T
+    assert torch.allclose(torch.cat([change, shift[:, None]], 1), want, atol=1e-4)
+
+
+def test_held_out_batches_choose_a_strong_ridge_where_there_is_nothing_to_learn():
+    """Few tokens and errors that no neuron explains: the weakest ridge would fit the noise."""
+    problem = Regression(4, 60, torch.device("cpu"), intercept=False)
+    for half in (False, True):
+        noise = torch.randn(64, 4)
+        problem.add(torch.randn(64, 60), noise, torch.ones(64), held_out=half)
+    grams = [g + g.triu(1).T for g in problem.gram.double()]
+    assert problem._choose(grams, list(problem.cross.double())) == 1.0
+
+
+def test_fewer_tokens_than_neurons_and_dead_neurons_repair_finitely(llama, tokenizer):
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight[:50] = 0  # half of them never fire
+        llama.model.layers[1].mlp.up_proj.weight.zero_()  # none does
+    stats = pk.calibrate(llama, tokenizer, ["w1 w2 w3 w4", "w5 w6"], gram=True, quiet=True)
+    plan = pk.plan(pk.score(stats, llama), 0.25, multiple_of=8)
+    pk.prune(llama, plan, stats=stats, compensate="sequential")
+    assert all(torch.isfinite(p).all() for p in llama.parameters())
+    assert torch.isfinite(logits(llama)).all()
+
+
+def test_statistics_without_prompts_are_refused_and_repaired_by_lstsq(llama, tokenizer, texts):
+    stats = pk.calibrate(llama, tokenizer, texts, gram=True, quiet=True)
+    stats.prompts = None
+    plan = pk.plan(pk.score(stats, llama), 0.5, multiple_of=8)
+    with pytest.raises(InputError, match="hold no prompts; calibrate with --gram"):
+        pk.prune(llama, plan, stats=stats, compensate="sequential")
+    pk.prune(llama, plan, stats=stats)
+    assert llama.prunekit["compensate"] == "lstsq"
+
+
+def test_prompts_survive_the_disk(llama, tokenizer, texts, tmp_path):
+    stats = pk.calibrate(llama, tokenizer, texts, gram=True, quiet=True)
+    stats.save(tmp_path / "stats")
+    assert pk.NeuronStats.load(tmp_path / "stats").prompts == stats.prompts
+    assert stats.merge(stats).prompts == 2 * stats.prompts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distillation_brings_the_logits_closer_and_keeps_dtypes(dtype, tokenizer, texts):
+    model = tiny_model("llama").to(dtype)
+    stats = pk.calibrate(model, tokenizer, texts, gram=True, quiet=True)
+    plan = pk.plan(pk.score(stats, model), 0.5, multiple_of=8)
+    want = logits(model).float().log_softmax(-1)
+
+    def divergence(method):
+        pruned = copy.deepcopy(model)
+        pk.prune(pruned, plan, stats=stats, compensate=method, minutes=1 / 30)
+        assert all(p.dtype == dtype and p.grad is None for p in pruned.parameters())
+        assert torch.equal(pruned.lm_head.weight, model.lm_head.weight)
+        got = logits(pruned).float().log_softmax(-1)
+        return (want.exp() * (want - got)).sum()
+
+    assert divergence("distill") < 0.9 * divergence("sequential")
 
 
 def test_bias_opens_llamas_own_bias_and_refuses_where_there_is_none(llama, tokenizer, texts):
