@@ -33,7 +33,7 @@ class CalibrateConfig:
     target: tuple[str, ...] = option((), f"corpus of the task to keep: {_CORPUS}", metavar="FILE")
     distractor: tuple[str, ...] = option((), "corpus to contrast it with", metavar="FILE")
     output: str = option("", "file to write the statistics to", short="-o", metavar="STATS")
-    gram: bool = option(False, "also gather Gram matrices, which --compensate lstsq needs")
+    gram: bool = option(False, "also gather Gram matrices, which all repairs but bias need")
     gradients: bool = option(
         False, "also run the target backwards, which the criteria taylor and *_fisher need"
     )
@@ -64,10 +64,12 @@ class PruneConfig:
     allocation: str = option("uniform", "how many neurons each layer keeps", choices=("uniform",))
     compensate: str = option(
         "",
-        "repair of the down projection: none, bias, lstsq; by default lstsq where there are "
-        "statistics for it, else none",
-        metavar="{none,bias,lstsq}",
+        "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer), distill "
+        "(sequential, then training towards the dense model); by default sequential where there "
+        "are statistics for it, else none",
+        metavar="{none,bias,lstsq,sequential,distill}",
     )
+    minutes: float = option(15.0, "how long --compensate distill may train")
     multiple_of: int = option(64, "round kept widths to a multiple of this")
     seed: int = option(0, "for --strategy random and --criterion random")
     max_length: int = option(1024, "tokens of a prompt that are read")

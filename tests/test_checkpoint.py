@@ -55,7 +55,7 @@ def test_the_record_tells_the_whole_recipe(tmp_path, llama, tokenizer, texts):
     assert record["dense_widths"] == [96, 96]
     assert record["sparsity"] == pytest.approx(1 / 3, abs=1e-6)
     assert record["recipe"]["sparsity"] == 0.4
-    assert record["recipe"]["compensate"] == "lstsq"
+    assert record["recipe"]["compensate"] == "sequential"
     assert record["stats"] == stats.hash
     assert record["calibration"]["corpora"][0]["tokens"] == stats.target[0].tokens
     assert record["parameters"] == sum(p.numel() for p in llama.parameters())

@@ -68,7 +68,7 @@ def test_the_whole_way_by_stats(capsys, tmp_path, folder, corpus):
     facts = json.loads(text)
     assert status == 0
     assert facts["widths"] == [64, 64]
-    assert facts["compensate"] == "lstsq"
+    assert facts["compensate"] == "sequential"
     assert facts["parameters"] < facts["parameters_dense"]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.intermediate_size == 64
@@ -93,7 +93,7 @@ def test_prune_from_the_target_alone_repairs_by_default(capsys, tmp_path, folder
     options = ("--sparsity", 0.3, "--multiple-of", 16, "-o", tmp_path / "out", "--quiet")
     status, text, _ = run(capsys, "prune", folder, "--target", corpus, *options)
     assert status == 0
-    assert "64 of 96 neurons a layer (33.33% removed, 30.00% asked for); repair: lstsq" in text
+    assert "64 of 96 neurons a layer (33.33% removed, 30.00% asked for); repair: sequential" in text
 
 
 def test_gradients_are_gathered_when_asked_for_or_needed(capsys, tmp_path, folder, corpus):

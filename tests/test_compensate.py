@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import prunekit as pk
+from prunekit import ops
 from prunekit.arch import decoder_layers, find_mlps
 from prunekit.batching import batches
 from prunekit.compensate import RIDGE, importance, repair, sequential
@@ -203,7 +204,7 @@ def test_held_out_batches_choose_a_strong_ridge_where_there_is_nothing_to_learn(
     for half in (False, True):
         noise = torch.randn(64, 4)
         problem.add(torch.randn(64, 60), noise, torch.ones(64), held_out=half)
-    grams = [g + g.triu(1).T for g in problem.gram.double()]
+    grams = [ops.symmetrize_(gram).double() for gram in problem.gram]
     assert problem._choose(grams, list(problem.cross.double())) == 1.0
 
 
@@ -236,19 +237,27 @@ def test_prompts_survive_the_disk(llama, tokenizer, texts, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distillation_brings_the_logits_closer_and_keeps_dtypes(dtype, tokenizer, texts):
+def test_distillation_comes_closer_on_its_prompts_and_keeps_dtypes(
+    dtype, tokenizer, texts, monkeypatch
+):
+    monkeypatch.setattr("prunekit.compensate.distill.LEARNING_RATE", 3e-3)  # tiny, and two seconds
     model = tiny_model("llama").to(dtype)
     stats = pk.calibrate(model, tokenizer, texts, gram=True, quiet=True)
     plan = pk.plan(pk.score(stats, model), 0.5, multiple_of=8)
-    want = logits(model).float().log_softmax(-1)
+    ids = torch.tensor([tokenizer(max(texts, key=len)).input_ids])
+
+    @torch.no_grad()
+    def predictions(model):
+        return model(input_ids=ids).logits.float().log_softmax(-1)
+
+    want = predictions(model)
 
     def divergence(method):
         pruned = copy.deepcopy(model)
         pk.prune(pruned, plan, stats=stats, compensate=method, minutes=1 / 30)
         assert all(p.dtype == dtype and p.grad is None for p in pruned.parameters())
         assert torch.equal(pruned.lm_head.weight, model.lm_head.weight)
-        got = logits(pruned).float().log_softmax(-1)
-        return (want.exp() * (want - got)).sum()
+        return (want.exp() * (want - predictions(pruned))).sum()
 
     assert divergence("distill") < 0.9 * divergence("sequential")
 

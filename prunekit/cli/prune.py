@@ -49,7 +49,7 @@ def run(config: PruneConfig, output: Output) -> int:
             tokenizer,
             joined(target),
             distractors,
-            gram=_method(config, has_target=True) == "lstsq" or "gram" in gathers,
+            gram=_method(config, has_target=True) not in ("none", "bias") or "gram" in gathers,
             gradients="taylor" in gathers or "gradient_gram" in gathers,
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
@@ -77,7 +77,14 @@ def run(config: PruneConfig, output: Output) -> int:
         output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
         output.json(facts)
         return 0
-    prune(model, chosen, stats=stats, compensate=method)
+    prune(
+        model,
+        chosen,
+        stats=stats,
+        compensate=method,
+        minutes=config.minutes,
+        quiet=config.quiet,
+    )
     seconds = time.perf_counter() - begun
     folder = save(model, tokenizer, config.output, force=config.force)
     after = parameter_count(model)
@@ -108,6 +115,8 @@ def _check(config: PruneConfig) -> None:
         raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
     if config.compensate:
         check_method(config.compensate)
+    if not config.minutes > 0:
+        raise InputError(f"--minutes: got {config.minutes}; expected more than 0")
     criterion = get_criterion(config.criterion)
     if config.stats and config.target:
         raise InputError("give --stats or --target, not both")
@@ -120,7 +129,7 @@ def _check(config: PruneConfig) -> None:
 
 
 def _method(config: PruneConfig, *, has_target: bool) -> str:
-    return config.compensate or ("lstsq" if has_target else "none")
+    return config.compensate or ("sequential" if has_target else "none")
 
 
 def _choose(config: PruneConfig, model, stats: NeuronStats | None) -> PrunePlan:

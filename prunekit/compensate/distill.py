@@ -77,7 +77,9 @@ class Teacher:
         Cost:
             A forward and a backward a step; 20 bytes a weight of the MLPs, 8·T·V of logits.
         """
-        parameters = {s.parameter: None for v in views for r, s in v.slots.items() if "bias" not in r}
+        parameters = {
+            s.parameter: None for v in views for r, s in v.slots.items() if "bias" not in r
+        }
         training = model.training
         required = {p: p.requires_grad for p in model.parameters()}
         with ExitStack() as stack:

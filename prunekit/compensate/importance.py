@@ -73,7 +73,10 @@ def _squares(model: nn.Module, views: Sequence[MLPView], batch: Batch) -> list[t
     """The squared norms of the gradients at the views' outputs: [T] each."""
     device = next(model.parameters()).device
     counted = torch.cat(
-        [torch.arange(length) + row * batch.ids.shape[1] for row, length in enumerate(batch.lengths)]
+        [
+            torch.arange(length) + row * batch.ids.shape[1]
+            for row, length in enumerate(batch.lengths)
+        ]
     ).to(device)
     squares = [torch.zeros(len(counted), device=device) for _ in views]
 
