@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import MLPView, decoder_layers
-from prunekit.batching import Batch, batches
+from prunekit.batching import batches
 from prunekit.compensate.base import Repair
 from prunekit.compensate.importance import token_weights
 from prunekit.compensate.lstsq import lstsq

@@ -76,7 +76,7 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
     back bit for bit.
     """
     before = {parameter: parameter.dtype for parameter in module.parameters()}
-    buffers = {name: buffer for name, buffer in module.named_buffers()}
+    buffers = dict(module.named_buffers())
     with ExitStack() as stack:
         if torch.bfloat16 in before.values():
             stack.enter_context(bf16_products())
