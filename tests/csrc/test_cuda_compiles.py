@@ -144,7 +144,9 @@ def test_vectors_move_as_vectors(rows):
     expected = {16: (4, 8), 8: (4, 4), 4: (8, 8), 2: (8, 8), 1: (8, 8)}
     names = ("gather_rows", "compact_rows")
     assert loads == {
-        (f"{name}<{word}>", each[i]) for word, each in expected.items() for i, name in enumerate(names)
+        (f"{name}<{word}>", each[i])
+        for word, each in expected.items()
+        for i, name in enumerate(names)
     }
 
 
