@@ -10,7 +10,7 @@ _NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # in the order
 
 
 def cpu_isa() -> str | None:
-    """Return amx_bf16, avx512_bf16, avx512, avx2 or scalar, or None where the extension is not built.
+    """Return amx_bf16, avx512_bf16, avx512, avx2 or scalar; None without the extension.
 
     ``PRUNEKIT_CPU_ISA``, read once a process, caps it.
 

@@ -108,7 +108,7 @@ print(any(before), all(after))
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA: build the project")
 def test_the_extension_links_and_registers(binding, launchers, tmp_path):
-    """All that a CPU build of torch lacks is the current stream; with it, no symbol is undefined."""
+    """A CPU build of torch lacks only the current stream; with it, no symbol is undefined."""
     (tmp_path / "stream.cpp").write_text(STREAM_OF_A_CUDA_TORCH)
     library = Path(torch.__file__).parent / "lib"
     made = tmp_path / "extension.so"
@@ -136,7 +136,7 @@ def test_kernels_fit(rows):
 
 
 def test_vectors_move_as_vectors(rows):
-    """Unaligned rows too, which load two vectors for each that they store (of 8-byte words, one)."""
+    """Unaligned rows too: they load two vectors for each they store (of 8-byte words, one)."""
     for row in rows:
         assert row["wide_loads"] > 0, row
         assert row["wide_stores"] > 0, row

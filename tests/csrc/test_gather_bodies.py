@@ -83,7 +83,7 @@ def test_bytes_moved(driver, kind):
     assert index <= 0.25  # asked of the caches again and again, of memory once
 
 
-# At least so many bytes a load and a store, where rows of 2-byte elements are an odd number long. In
+# At least as many bytes a load and a store, where rows of 2-byte elements are of odd length. In
 # place a block owns 112 bytes of a row, whose ends lie within vectors.
 @pytest.mark.parametrize(
     ("kind", "loaded", "stored"), [("rows", 15.5, 15.5), ("rows_in_place", 7, 8)]
