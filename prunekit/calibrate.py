@@ -103,7 +103,7 @@ def calibrate(
         target: the corpus of the task to keep: a JSONL or CSV file, ``hf:NAME``, texts, a Corpus.
         distractors: corpora to contrast it with, taken together as one class.
         gram: also accumulate the target's Gram matrices, 4·F² bytes an MLP, and keep its prompts'
-            token ids; lstsq needs the former, sequential and distill both.
+            token ids; lstsq needs the former, sequential both.
         gradients: also run the target backwards, for the taylor criterion and for repairs that
             weigh errors by their effect on the loss; 4·D² bytes an MLP.
         max_length: tokens of a prompt that are read.

@@ -13,7 +13,6 @@ from prunekit import ops
 from prunekit.arch import MLPView, Slot, blocks, find_mlps, text_config
 from prunekit.compensate import (
     Repair,
-    Teacher,
     check_method,
     check_prompts,
     default_method,
@@ -35,7 +34,6 @@ def prune(
     *,
     stats: NeuronStats | None = None,
     compensate: str | None = None,
-    minutes: float = 15.0,
     quiet: bool = True,
 ) -> nn.Module:
     """Remove the neurons that a plan does not keep, in place, and repair the down projections.
@@ -44,9 +42,8 @@ def prune(
         model: the dense model that the plan was made for.
         plan: from `plan`.
         stats: what `calibrate` found; needed by every repair.
-        compensate: none, bias, lstsq, sequential or distill; None takes sequential where stats were
+        compensate: none, bias, lstsq or sequential; None takes sequential where stats were
             calibrated with ``gram=True``, else none.
-        minutes: how long distill may take, beside the sequential repair it starts from.
         quiet: no progress bar.
 
     Returns:
@@ -73,7 +70,6 @@ def prune(
             _check_bias_slot(model, views)
     if needs_prompts(compensate):
         check_prompts(views, stats, compensate)
-    teacher = Teacher(model, stats) if compensate == "distill" else None
     fixes = _repairs(model, views, plan, stats, compensate, quiet)
     with torch.no_grad():
         for indices in blocks(views):
@@ -83,8 +79,6 @@ def prune(
                 [fixes[i] for i in indices],
             )
     _update_config(model, views, plan, opens_bias=compensate == "bias")
-    if teacher is not None:
-        teacher.teach(model, views, minutes=minutes, quiet=quiet)
     model.prunekit = _record(plan, stats, compensate)
     return model
 

@@ -64,12 +64,10 @@ class PruneConfig:
     allocation: str = option("uniform", "how many neurons each layer keeps", choices=("uniform",))
     compensate: str = option(
         "",
-        "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer), distill "
-        "(sequential, then training towards the dense model); by default sequential where there "
-        "are statistics for it, else none",
-        metavar="{none,bias,lstsq,sequential,distill}",
+        "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer); by "
+        "default sequential where there are statistics for it, else none",
+        metavar="{none,bias,lstsq,sequential}",
     )
-    minutes: float = option(15.0, "how long --compensate distill may train")
     multiple_of: int = option(64, "round kept widths to a multiple of this")
     seed: int = option(0, "for --strategy random and --criterion random")
     max_length: int = option(1024, "tokens of a prompt that are read")

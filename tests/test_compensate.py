@@ -82,7 +82,7 @@ def test_lstsq_without_a_gram_matrix_says_so(llama, tokenizer, texts):
 
 def test_an_unknown_method_lists_the_valid_ones(llama):
     plan = pk.plan([torch.rand(96)] * 2, 0.5)
-    with pytest.raises(InputError, match="expected one of none, bias, lstsq, sequential, distill"):
+    with pytest.raises(InputError, match="expected one of none, bias, lstsq, sequential"):
         pk.prune(llama, plan, compensate="magic")
 
 
@@ -234,32 +234,6 @@ def test_prompts_survive_the_disk(llama, tokenizer, texts, tmp_path):
     stats.save(tmp_path / "stats")
     assert pk.NeuronStats.load(tmp_path / "stats").prompts == stats.prompts
     assert stats.merge(stats).prompts == 2 * stats.prompts
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distillation_comes_closer_on_its_prompts_and_keeps_dtypes(
-    dtype, tokenizer, texts, monkeypatch
-):
-    monkeypatch.setattr("prunekit.compensate.distill.LEARNING_RATE", 3e-3)  # tiny, and two seconds
-    model = tiny_model("llama").to(dtype)
-    stats = pk.calibrate(model, tokenizer, texts, gram=True, quiet=True)
-    plan = pk.plan(pk.score(stats, model), 0.5, multiple_of=8)
-    ids = torch.tensor([tokenizer(max(texts, key=len)).input_ids])
-
-    @torch.no_grad()
-    def predictions(model):
-        return model(input_ids=ids).logits.float().log_softmax(-1)
-
-    want = predictions(model)
-
-    def divergence(method):
-        pruned = copy.deepcopy(model)
-        pk.prune(pruned, plan, stats=stats, compensate=method, minutes=1 / 30)
-        assert all(p.dtype == dtype and p.grad is None for p in pruned.parameters())
-        assert torch.equal(pruned.lm_head.weight, model.lm_head.weight)
-        return (want.exp() * (want - predictions(pruned))).sum()
-
-    assert divergence("distill") < 0.9 * divergence("sequential")
 
 
 def test_bias_opens_llamas_own_bias_and_refuses_where_there_is_none(llama, tokenizer, texts):

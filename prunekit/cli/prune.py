@@ -82,7 +82,6 @@ def run(config: PruneConfig, output: Output) -> int:
         chosen,
         stats=stats,
         compensate=method,
-        minutes=config.minutes,
         quiet=config.quiet,
     )
     seconds = time.perf_counter() - begun
@@ -115,8 +114,6 @@ def _check(config: PruneConfig) -> None:
         raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
     if config.compensate:
         check_method(config.compensate)
-    if not config.minutes > 0:
-        raise InputError(f"--minutes: got {config.minutes}; expected more than 0")
     criterion = get_criterion(config.criterion)
     if config.stats and config.target:
         raise InputError("give --stats or --target, not both")

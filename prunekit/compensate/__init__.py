@@ -9,7 +9,6 @@ import torch
 from prunekit.arch import MLPView
 from prunekit.compensate.base import Repair
 from prunekit.compensate.bias import bias
-from prunekit.compensate.distill import Teacher
 from prunekit.compensate.lstsq import RIDGE, lstsq
 from prunekit.compensate.sequential import sequential
 from prunekit.errors import InputError
@@ -19,7 +18,6 @@ __all__ = [
     "METHODS",
     "RIDGE",
     "Repair",
-    "Teacher",
     "check_method",
     "check_prompts",
     "default_method",
@@ -28,7 +26,7 @@ __all__ = [
     "sequential",
 ]
 
-METHODS = ("none", "bias", "lstsq", "sequential", "distill")
+METHODS = ("none", "bias", "lstsq", "sequential")
 
 
 def check_method(method: str) -> None:
@@ -39,7 +37,7 @@ def check_method(method: str) -> None:
 
 def needs_prompts(method: str) -> bool:
     """Whether a method runs the model over the calibration's prompts again."""
-    return method in ("sequential", "distill")
+    return method == "sequential"
 
 
 def check_prompts(views: Sequence[MLPView], stats: NeuronStats, method: str) -> None:
