@@ -86,6 +86,11 @@ class MLPView:
         return matrix if slot.axis == neuron_axis else matrix.T
 
     @property
+    def readable(self) -> bool:
+        """Whether its weights are numbers in memory: neither offloaded nor quantised."""
+        return not self.gate.is_meta and self.gate.is_floating_point()
+
+    @property
     def gate(self) -> torch.Tensor:
         return self._matrix("gate", 0)
 
@@ -287,8 +292,11 @@ for _layout in (_plain, _experts, _fused, _gated):
     register_arch(_layout)
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The model without its lm_head."""
+    if hasattr(model, "get_decoder"):
+        return model.get_decoder()
+    return getattr(model, "base_model", model)
 
 
 def _inside(module: nn.Module, views: list[MLPView]) -> bool:
@@ -308,7 +316,7 @@ def find_mlps(model: nn.Module, *, verify: bool = True) -> list[MLPView]:
     Raises:
         InputError: a layer has no MLP that a layout knows, or a module computes another function.
     """
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     views: list[MLPView] = []
     for name, module in decoder.named_modules():
         if views and _inside(module, views[-1:]):
@@ -357,7 +365,7 @@ def _verify(views: list[MLPView]) -> None:
     checked: set[type] = set()
     for view in views:
         owns_attention = any("attn" in name for name, _ in view.module.named_children())
-        unreadable = view.gate.is_meta or not view.gate.is_floating_point() or owns_attention
+        unreadable = not view.readable or owns_attention
         if type(view.module) in checked or unreadable:
             continue
         checked.add(type(view.module))

@@ -32,6 +32,11 @@ class Batch:
         """Tokens that are not padding."""
         return sum(self.lengths)
 
+    def counted(self) -> torch.Tensor:
+        """[B·S], bool: which rows of the flattened batch are tokens and not padding."""
+        positions = torch.arange(self.ids.shape[1])
+        return (positions < torch.tensor(self.lengths)[:, None]).flatten()
+
     def spans(self) -> torch.Tensor:
         """[B, 2], int64: where each prompt's tokens lie in the flattened batch."""
         starts = torch.arange(len(self.lengths)) * self.ids.shape[1]

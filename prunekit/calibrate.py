@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunekit import ops
-from prunekit.arch import MLPView, find_mlps, fingerprint
+from prunekit.arch import MLPView, decoder_of, find_mlps, fingerprint
 from prunekit.batching import Batch, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
@@ -79,8 +79,7 @@ def forward_decoder(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     Padding lies on the right and attention is causal, so no token sees it and no mask is needed.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    return decoder(input_ids=batch.ids.to(model.device), use_cache=False)[0]
+    return decoder_of(model)(input_ids=batch.ids.to(model.device), use_cache=False)[0]
 
 
 def calibrate(

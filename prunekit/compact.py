@@ -14,9 +14,7 @@ from prunekit.arch import MLPView, Slot, blocks, find_mlps, text_config
 from prunekit.compensate import (
     Repair,
     check_method,
-    check_prompts,
     default_method,
-    needs_prompts,
     repair,
     sequential,
 )
@@ -68,8 +66,6 @@ def prune(
         stats.check_model(views)
         if compensate == "bias":
             _check_bias_slot(model, views)
-    if needs_prompts(compensate):
-        check_prompts(views, stats, compensate)
     fixes = _repairs(model, views, plan, stats, compensate, quiet)
     with torch.no_grad():
         for indices in blocks(views):
@@ -93,7 +89,7 @@ def _repairs(
 ) -> list[Repair | None]:
     if method == "none":
         return [None] * len(views)
-    if needs_prompts(method):
+    if method == "sequential":
         return sequential(model, views, plan.kept, stats, quiet=quiet)
     triples = zip(views, stats.target, plan.kept, strict=True)
     return [repair(view, sums, kept, method) for view, sums, kept in triples]

@@ -52,7 +52,7 @@ def add_gradients(
         and 8·T·V bytes of logits for a prompt of T tokens.
     """
     for view, mine in zip(views, sums, strict=True):
-        if view.gate.is_meta or not view.gate.is_floating_point():
+        if not view.readable:
             raise InputError(
                 f"{view.name}: its weights are offloaded or quantised ({view.gate.dtype}); "
                 "gradients need them as numbers in memory: use a smaller model, or bf16"

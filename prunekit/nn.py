@@ -41,18 +41,17 @@ class CompactMLP(nn.Module):
         super().__init__()
         for name, child in view.module.named_children():
             self.add_module(name, child)
-        self._kind, self._act = view.kind, view.act
+        self._kind = view.kind
         names = {id(child): name for name, child in view.module.named_children()}
-        self._gate = names[id(view.slots["gate"].owner)]
-        self._up = names[id(view.slots["up"].owner)] if view.kind == "gated" else None
-        self._down = names[id(view.slots["down"].owner)]
-        self._layout = self._gate, self._up, self._down, self._act
+        gate, down = names[id(view.slots["gate"].owner)], names[id(view.slots["down"].owner)]
+        up = names[id(view.slots["up"].owner)] if view.kind == "gated" else None
+        self._layout = gate, up, down, view.act  # the projections' names, the activation's
         self.register_buffer("kept", None, persistent=False)
 
     @property
     def intermediate_size(self) -> int:
         """F', the number of neurons."""
-        return getattr(self, self._down).in_features
+        return getattr(self, self._layout[2]).in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the MLP: [..., D] -> [..., D]."""
@@ -82,17 +81,18 @@ class CompactMLP(nn.Module):
         return ops.gated_mlp(x, *weights, **biases, act=act)
 
     def _call_projections(self, x: torch.Tensor) -> torch.Tensor:
-        gate = getattr(self, self._gate)(x)
-        up = None
+        gate_name, up_name, down_name, act = self._layout
+        gate, up = getattr(self, gate_name)(x), None
         if self._kind == "fused":
             gate, up = gate.chunk(2, dim=-1)
-        elif self._up is not None:
-            up = getattr(self, self._up)(x)
-        h = ops.ACTIVATIONS[self._act](gate)
+        elif up_name is not None:
+            up = getattr(self, up_name)(x)
+        h = ops.ACTIVATIONS[act](gate)
         h = h if up is None else h * up
         if self.kept is not None:
             h = torch.zeros_like(h).index_copy(-1, self.kept.long(), h[..., self.kept])
-        return getattr(self, self._down)(h)
+        return getattr(self, down_name)(h)
 
     def extra_repr(self) -> str:
-        return f"kind={self._kind}, act={self._act}, intermediate_size={self.intermediate_size}"
+        act = self._layout[3]
+        return f"kind={self._kind}, act={act}, intermediate_size={self.intermediate_size}"

@@ -161,6 +161,16 @@ class NeuronSums:
         """Mean over tokens of abs h, fp64 [F]."""
         return self.token_abs_sum / max(self.tokens, 1)
 
+    def second_moment(
+        self, *, centred: bool = False, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Mean over tokens of h·hᵀ, fp64 [F, F], needs `gram`; centred, h less its mean."""
+        moment = self.gram.to(device, torch.float64) / self.tokens
+        if centred:
+            mean = self.token_mean.to(device)
+            moment -= torch.outer(mean, mean)
+        return moment
+
 
 @dataclass
 class NeuronStats:

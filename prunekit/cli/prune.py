@@ -77,13 +77,7 @@ def run(config: PruneConfig, output: Output) -> int:
         output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
         output.json(facts)
         return 0
-    prune(
-        model,
-        chosen,
-        stats=stats,
-        compensate=method,
-        quiet=config.quiet,
-    )
+    prune(model, chosen, stats=stats, compensate=method, quiet=config.quiet)
     seconds = time.perf_counter() - begun
     folder = save(model, tokenizer, config.output, force=config.force)
     after = parameter_count(model)

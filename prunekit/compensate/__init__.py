@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from prunekit.arch import MLPView
@@ -19,9 +17,7 @@ __all__ = [
     "RIDGE",
     "Repair",
     "check_method",
-    "check_prompts",
     "default_method",
-    "needs_prompts",
     "repair",
     "sequential",
 ]
@@ -33,25 +29,6 @@ def check_method(method: str) -> None:
     """Raise InputError unless the name is one of ``METHODS``."""
     if method not in METHODS:
         raise InputError(f"compensate: got {method!r}; expected one of {', '.join(METHODS)}")
-
-
-def needs_prompts(method: str) -> bool:
-    """Whether a method runs the model over the calibration's prompts again."""
-    return method == "sequential"
-
-
-def check_prompts(views: Sequence[MLPView], stats: NeuronStats, method: str) -> None:
-    """Raise InputError unless the statistics hold prompts, and the weights lie in memory."""
-    if stats.prompts is None:
-        raise InputError(
-            f"compensate {method}: the statistics hold no prompts; calibrate with --gram"
-        )
-    for view in views:
-        if view.gate.is_meta or not view.gate.is_floating_point():
-            raise InputError(
-                f"compensate {method}: {view.name} is offloaded or quantised ({view.gate.dtype}); "
-                "use lstsq"
-            )
 
 
 def default_method(stats: NeuronStats | None) -> str:

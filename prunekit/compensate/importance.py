@@ -72,13 +72,8 @@ def _frozen(model: nn.Module):
 def _squares(model: nn.Module, views: Sequence[MLPView], batch: Batch) -> list[torch.Tensor]:
     """The squared norms of the gradients at the views' outputs: [T] each."""
     device = next(model.parameters()).device
-    counted = torch.cat(
-        [
-            torch.arange(length) + row * batch.ids.shape[1]
-            for row, length in enumerate(batch.lengths)
-        ]
-    ).to(device)
-    squares = [torch.zeros(len(counted), device=device) for _ in views]
+    counted = batch.counted().to(device)
+    squares = [torch.zeros(batch.tokens, device=device) for _ in views]
 
     def watch(index: int):
         def keep(gradient: torch.Tensor) -> None:

@@ -29,9 +29,7 @@ def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
     if sums.gram is None:
         raise InputError("compensate lstsq: needs the Gram matrix; calibrate with --gram")
     down, bias = dense_down(view)
-    gram = sums.gram.double() / sums.tokens
-    if bias is not None:
-        gram -= torch.outer(sums.token_mean, sums.token_mean)
+    gram = sums.second_moment(centred=bias is not None)
     removed = removed_mask(view.width, kept)
     inner = gram[kept][:, kept]
     ridge = RIDGE * inner.diagonal().mean()

@@ -21,6 +21,7 @@ from prunekit.compensate.importance import token_weights
 from prunekit.compensate.lstsq import lstsq
 from prunekit.compensate.regression import Regression
 from prunekit.compensate.streams import Calls, in_fp32, record_calls, watched
+from prunekit.errors import InputError
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
 
@@ -54,8 +55,11 @@ def sequential(
         model: the dense model; as it was, bit for bit, on return and on error.
         views: its MLPs.
         kept: for each of them the neurons that stay.
-        stats: with Gram matrices and prompts (`check_prompts`).
+        stats: with Gram matrices and prompts.
         quiet: no progress bar.
+
+    Raises:
+        InputError: the statistics hold no prompts, or weights are offloaded or quantised.
 
     Cost:
         Four forwards of the decoder and one backward without weight gradients; T·F'² + 2·T·D·F'
@@ -64,6 +68,7 @@ def sequential(
     Source:
         Asymmetric calibration: GPTAQ, Li et al., arXiv 2504.02692, for neurons instead of grids.
     """
+    _check(views, stats)
     layers = decoder_layers(model, list(views))
     members = [_members(layer, views) for layer in layers]
     alone = [m[0] for m in members if len(m) == 1 and views[m[0]].kind != "experts"]
@@ -77,6 +82,19 @@ def sequential(
             return _walk(model, views, kept, stats, layers, members, weights, groups, quiet)
     finally:
         model.train(was_training)
+
+
+def _check(views: Sequence[MLPView], stats: NeuronStats) -> None:
+    if stats.prompts is None:
+        raise InputError(
+            "compensate sequential: the statistics hold no prompts; calibrate with --gram"
+        )
+    for view in views:
+        if not view.readable:
+            raise InputError(
+                f"compensate sequential: {view.name} is offloaded or quantised "
+                f"({view.gate.dtype}); use lstsq"
+            )
 
 
 def _members(layer: nn.Module, views: Sequence[MLPView]) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.arch import decoder_of
 from prunekit.batching import Batch
 from prunekit.ops.gram import bf16_products
 
@@ -47,10 +48,7 @@ def _wide(value: Any) -> Any:
 def record_calls(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) -> Calls:
     """Run the dense decoder once and keep how it calls its layers."""
     device = next(model.parameters()).device
-    counted = torch.zeros(batch.ids.shape, dtype=torch.bool)
-    for row, length in zip(counted, batch.lengths, strict=True):
-        row[:length] = True
-    calls = Calls(torch.empty(0), counted.flatten().to(device))
+    calls = Calls(torch.empty(0), batch.counted().to(device))
 
     def keep(layer: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         named = dict(named)
@@ -63,8 +61,7 @@ def record_calls(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) ->
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        decoder(input_ids=batch.ids.to(device), use_cache=False)
+        decoder_of(model)(input_ids=batch.ids.to(device), use_cache=False)
     return calls
 
 

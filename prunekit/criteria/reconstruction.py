@@ -68,10 +68,7 @@ def _position(evidence: Evidence, metric: torch.Tensor | None) -> torch.Tensor:
 def _inverse(evidence: Evidence, device: torch.device) -> torch.Tensor:
     """C⁻¹ in fp64. Summed in fp32, C may need more than the usual ridge."""
     target, name = evidence.target, evidence.view.name
-    gram = target.gram.to(device, torch.float64) / target.tokens
-    if evidence.view.down_bias is not None:
-        mean = target.token_mean.to(device)
-        gram -= torch.outer(mean, mean)
+    gram = target.second_moment(centred=evidence.view.down_bias is not None, device=device)
     ridge = RIDGE * gram.diagonal().mean()
     for _ in range(4):
         gram.diagonal().add_(ridge)

@@ -103,12 +103,11 @@ def gated_mlp(
     """
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias
     code = activation_code(act)
-    by_torch = False
-    if x.is_cpu and forced_backend() is None:
-        by_torch = not decodes(*tensors)
-        if not by_torch and decodes_directly(x):
-            return decode(*tensors, code)  # which checks the shapes itself
+    on_cpu = x.is_cpu and forced_backend() is None
+    decoding = on_cpu and decodes(*tensors)
+    if decoding and decodes_directly(x):
+        return decode(*tensors, code)  # which checks the shapes itself
     check_shapes("gated_mlp", x, gate, up, down)
-    if by_torch:
+    if on_cpu and not decoding:
         return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
     return torch.ops.prunekit.gated_mlp.default(*tensors, code)

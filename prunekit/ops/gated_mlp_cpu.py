@@ -8,16 +8,10 @@ import torch
 
 from prunekit.ops.registry import LIBRARY, OPERATIONS
 
-# For how many tokens the decode kernel, which takes 16 at the most, beats torch's products
-# (`python -m bench.decode`, with two threads): by instruction set, where one was measured, with
-# torch kept to the same one.
-_UP_TO_16 = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), range(1, 17))
-DECODE_TOKENS = {
-    "amx_bf16": _UP_TO_16,
-    "avx512_bf16": _UP_TO_16,
-    "avx512": _UP_TO_16,
-    "avx2": _UP_TO_16,
-}
+# Up to how many tokens the decode kernel, which takes 16 at the most, beats torch's products kept
+# to the same instruction set: by instruction set, where one was measured, with two threads.
+DECODE_TOKENS = {"amx_bf16": 16, "avx512_bf16": 16, "avx512": 16, "avx2": 16}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ARGUMENTS = (
     "(Tensor x, Tensor gate, Tensor? up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
@@ -31,17 +25,16 @@ _decode = torch.ops.prunekit.gated_mlp_decode.default
 
 
 @cache
-def _served_here() -> dict[torch.dtype, range]:
+def _served_here() -> dict[torch.dtype, int]:
     from prunekit.ops.isa import cpu_isa  # which needs the extension, which is loaded after this
 
-    return DECODE_TOKENS.get(cpu_isa(), {})
+    return dict.fromkeys(_DTYPES, DECODE_TOKENS.get(cpu_isa(), 0))
 
 
 @torch.compiler.assume_constant_result
-def _fewest_and_most(dtype: torch.dtype) -> tuple[int, int]:
-    """How many tokens go to the decode kernel; none where the fewest are more than the most."""
-    served = _served_here().get(dtype, range(1, 1))
-    return served.start, served.stop - 1
+def _most_tokens(dtype: torch.dtype) -> int:
+    """Up to how many tokens go to the decode kernel."""
+    return _served_here().get(dtype, 0)
 
 
 def _rows_lie_together(weight: torch.Tensor) -> bool:
@@ -54,10 +47,9 @@ def decodes(x, gate, up, down, gate_bias, up_bias, down_bias) -> bool:
     A layer asks this at every token, while the weights wait: it reads as little as it can.
     """
     dtype, hidden = x.dtype, gate.shape[1]
-    fewest, most = _fewest_and_most(dtype)
     return (
         # Comparisons, which torch.compile can follow where the number of tokens is symbolic.
-        0 < fewest * hidden <= x.numel() <= most * hidden
+        0 < hidden <= x.numel() <= _most_tokens(dtype) * hidden
         and gate.dtype is dtype
         and down.dtype is dtype
         and (up is None or (up.dtype is dtype and _rows_lie_together(up)))
