@@ -60,8 +60,9 @@ class _Recorder:
         sums = self.sums[index]
         norms = prompt_abs.new_zeros(prompt_abs.shape)
         for p, (start, end) in enumerate(spans.tolist()):
-            norms[p] = torch.linalg.vector_norm(h[start:end], dim=0, dtype=torch.float32)
-        sums.add(prompt_abs, token_stats, norms, (spans[:, 1] - spans[:, 0]).tolist())
+            # vector_norm over the tokens takes four times as long
+            norms[p] = h[start:end].float().square().sum(0)
+        sums.add(prompt_abs, token_stats, norms.sqrt_(), (spans[:, 1] - spans[:, 0]).tolist())
         if sums.gram is not None:
             ops.gram_update(sums.gram, _counted(h, spans))
 
