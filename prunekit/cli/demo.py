@@ -189,7 +189,7 @@ def _report(out, rows, dense_loss, outcomes, measured, facts) -> Path:
     lead = (
         "A 135M-parameter chat model was run over 82 coding problems and 164 word problems; from "
         "that one calibration its MLP neurons were removed in several ways, without training. "
-        "selective + lstsq is prunekit's default: it keeps the neurons that add most on the task, "
+        "selective + lstsq keeps the neurons that add most on the task, "
         "and repairs the down projection in closed form. selectivity alone, random and reverse "
         "are the controls of arXiv 2604.27115."
     )
