@@ -4,6 +4,7 @@
 // stage. A thread walks its tiles in panels: chunks of rows, and in a chunk a pair of vectors at a
 // time down the rows with its sums in registers. The chunks' sums are added in fp64.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -66,6 +66,7 @@ INLINE void chunk(
     Rows<const T> gate, Rows<const T> up, Rows<T> h, int64_t rows, int64_t width, PanelSums& sums) {
   using V = typename Type::Vector;
   constexpr int64_t lanes = sizeof(V) / sizeof(V{}[0]);
+  constexpr bool halves = sizeof(T) == 2;
 
   for (int64_t column = 0; column < width; column += 2 * lanes) {
     VectorSums<V> first, second;
@@ -83,7 +84,7 @@ INLINE void chunk(
       __builtin_prefetch(h_at + h_ahead, 1);
 
       const Pair<V> x = Type::load(gate_at);
-      Pair<V> y{activate<act>(x.first), activate<act>(x.second)};
+      Pair<V> y{activate<act, halves>(x.first), activate<act, halves>(x.second)};
       if (gated) {
         const Pair<V> factor = Type::load(up_at);
         y = {y.first * factor.first, y.second * factor.second};

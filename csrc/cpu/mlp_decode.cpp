@@ -4,6 +4,7 @@
 // and up together and leaves h, the second takes rows of down. Threads share out rows; an output is
 // one thread's, so the bits do not depend on their number.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -127,7 +127,7 @@ static void hidden(const Problem& p, int64_t begin, int64_t end) {
     Sums sums;
     products(p.gate, first, up, first, p.x_held, sums);
     const auto h = [&](int64_t r) {
-      const Float gate = activate<act>(biased(sums.of[0][r], p.gate, first + r));
+      const Float gate = activate<act, true>(biased(sums.of[0][r], p.gate, first + r));
       return p.up.data ? gate * biased(sums.of[1][r], p.up, first + r) : gate;
     };
     for (int64_t r = 0; r < ROWS; r += 2)

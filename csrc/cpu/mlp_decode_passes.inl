@@ -170,13 +170,14 @@ template <typename Way, Act act>
 static void hidden(const Problem& p, int64_t begin, int64_t end) {
   using E = typename Way::E;
   hidden_products<Way>(p, begin, end);
+  constexpr bool halves = sizeof(typename E::Element) == 2;
   auto* held = reinterpret_cast<typename Way::Held*>(p.h_held);
   for (int64_t row = begin * UNIT; row < end * UNIT; row += UNIT) {
     const Pair<Float> gate_bias = bias_of<E>(p.gate, row), up_bias = bias_of<E>(p.up, row);
     for (int64_t t = 0; t < p.tokens; ++t) {
       const int64_t at = t * p.width_stride + row;
       const Pair<Float> gate = biased(p.gate_sums + at, gate_bias);
-      Pair<Float> h = {activate<act>(gate.first), activate<act>(gate.second)};
+      Pair<Float> h = {activate<act, halves>(gate.first), activate<act, halves>(gate.second)};
       if (p.up.data) {
         const Pair<Float> up = biased(p.up_sums + at, up_bias);
         h = {h.first * up.first, h.second * up.second};

@@ -170,18 +170,26 @@ struct Fp16 {
 INLINE Float magnitude(Float x) { return bits<Float>(bits<Int>(x) & 0x7fffffff); }
 INLINE Double magnitude(Double x) { return bits<Double>(bits<Long>(x) & INT64_MAX); }
 
-// Returns x moved into [-limit, limit], NaN as it is.
-INLINE Float clamp(Float x, float limit) {
-  const Float low = splat<Float>(-limit), high = splat<Float>(limit);
+// The smaller and the larger of x and a limit, NaN as it is.
+INLINE Float at_most(Float x, float limit) {
+  const Float high = splat<Float>(limit);
 #if PRUNEKIT_VECTOR_BYTES == 64
-  return _mm512_min_ps(high, _mm512_max_ps(low, x));
+  return _mm512_min_ps(high, x);
 #else
-  x = low > x ? low : x;
   return high < x ? high : x;
 #endif
 }
+INLINE Float at_least(Float x, float limit) {
+  const Float low = splat<Float>(limit);
+#if PRUNEKIT_VECTOR_BYTES == 64
+  return _mm512_max_ps(low, x);
+#else
+  return low > x ? low : x;
+#endif
+}
 
-// Returns x·2^n for a whole n in [-250, 250]; half of n at a time, it can reach inf and 0.
+// Returns x·2^n for a whole n in [-250, 250]; half of n at a time, it can reach inf and 0. With
+// vectors of 64 bytes n is any, and floored.
 INLINE Float scale(Float x, Float n) {
 #if PRUNEKIT_VECTOR_BYTES == 64
   return _mm512_scalef_ps(x, n);
