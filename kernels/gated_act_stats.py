@@ -12,6 +12,7 @@ import triton.language as tl
 
 from prunekit_kernels.activations import activate
 from prunekit_kernels.launch import architecture, launch
+from prunekit_kernels.segment_stats import reduce_segments
 
 _THREADS = 64  # a program; each holds 16 bytes of a row
 _REGISTERS = 64  # a thread, at most, on NVIDIA in 16-bit dtypes
@@ -21,9 +22,6 @@ _PROGRAMS = 512  # about four a multiprocessor: prefetched rows keep enough byte
 _MOST_ROWS = 256  # a program, on average: from here on the workspace costs under 3 % of the bytes
 _LEAST_ROWS = 16  # a program, on average: below, starting it costs more than its rows
 _COUNT_ROWS = 65535  # a program, at most: two counts share 32 bits
-
-_REDUCE_ROWS = 32
-_REDUCE_COLUMNS = 64
 
 
 # Registers decide how many programs run: sums and rows in flight must fit 64 of NVIDIA's, which is
@@ -38,7 +36,7 @@ def _gated_act_stats_kernel(
     up,  # [T, F], rows up_stride apart, or None
     h,  # [T, F]
     spans,  # [P, 2]
-    partials,  # [5, P·splits, F]: sum of abs h, of h, of h², maximum of abs h, open gates
+    partials,  # [5, P·splits, F]: sum of abs h, of h², of h, maximum of abs h, open gates
     tokens,
     prompts,
     splits,
@@ -91,54 +89,10 @@ def _gated_act_stats_kernel(
     plane = tl.num_programs(0).to(tl.int64) * width
     out = partials + program.to(tl.int64) * width + columns
     tl.store(out, abs_sum, mask=inside)
-    tl.store(out + plane, total, mask=inside)
-    tl.store(out + 2 * plane, square_sum, mask=inside)
+    tl.store(out + plane, square_sum, mask=inside)
+    tl.store(out + 2 * plane, total, mask=inside)
     tl.store(out + 3 * plane, max_abs.to(tl.float32), mask=inside)
     tl.store(out + 4 * plane, counts.to(tl.float32), mask=inside)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-# One program for each row of the two results, so that long sums do not wait for one another.
-@triton.jit(do_not_specialize=["prompts", "splits", "programs"])
-def _reduce_kernel(
-    partials,  # [5, programs, F]
-    prompt_abs,  # [P, F]
-    token_stats,  # [4, F]
-    prompts,
-    splits,
-    programs,
-    width,
-    BLOCK_S: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    result = tl.program_id(0).to(tl.int64)
-    statistic = result - prompts  # negative: a prompt's sum; otherwise a row of token_stats
-    of_prompt = statistic < 0
-    plane = tl.where(of_prompt, 0, statistic + 1)
-    first = tl.where(of_prompt, result * splits, 0)
-    last = tl.where(of_prompt, first + splits, programs)
-    is_max = plane == 3
-
-    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = columns < width
-    reduced = tl.zeros([BLOCK_F], tl.float32)
-    for low in range(first, last, BLOCK_S):
-        rows = low + tl.arange(0, BLOCK_S)
-        places = partials + (plane * programs + rows)[:, None] * width + columns[None, :]
-        block = tl.load(places, mask=(rows < last)[:, None] & inside[None, :], other=0.0)
-        if is_max:
-            reduced = _larger(reduced, tl.reduce(block, 0, _larger))
-        else:
-            reduced += tl.sum(block, 0)
-
-    if of_prompt:
-        tl.store(prompt_abs + result * width + columns, reduced, mask=inside)
-    else:
-        tl.store(token_stats + statistic * width + columns, reduced, mask=inside)
 
 
 def launch_options(element_size: int, *, hip: bool) -> dict[str, int | bool]:
@@ -171,13 +125,13 @@ def gated_act_stats_triton(
         act: an activation's code.
 
     Returns:
-        h [T, F] in gate's dtype, prompt_abs [P, F] and token_stats [4, F] in fp32.
+        h [T, F] in gate's dtype, prompt_stats [2, P, F] and token_stats [3, F] in fp32.
 
     Raises:
         ValueError: the dtype is not supported.
 
     Cost:
-        3·T·F·b bytes (2·T·F·b without up), and 40·F for each program's part of the workspace.
+        3·T·F·b bytes (2·T·F·b without up), and 48·F for each program's part of the workspace.
     """
     if gate.dtype not in _DTYPES:
         raise ValueError(
@@ -195,8 +149,6 @@ def gated_act_stats_triton(
     programs = len(owners) * splits
 
     h = gate.new_empty((tokens, width))
-    prompt_abs = gate.new_empty((prompts, width), dtype=torch.float32)
-    token_stats = gate.new_empty((4, width), dtype=torch.float32)
     partials = gate.new_empty((5, programs, width), dtype=torch.float32)
 
     # Triton launches on the current device, which need not be the one that holds the tensors.
@@ -218,19 +170,7 @@ def gated_act_stats_triton(
             ACT=act,
             **options,
         )
-        launch(
-            _reduce_kernel,
-            (prompts + 4, triton.cdiv(width, _REDUCE_COLUMNS)),
-            partials,
-            prompt_abs,
-            token_stats,
-            prompts,
-            splits,
-            programs,
-            width,
-            BLOCK_S=_REDUCE_ROWS,
-            BLOCK_F=_REDUCE_COLUMNS,
-            num_warps=4,
-            enable_fp_fusion=True,
+        of_prompt = torch.arange(
+            0, (prompts + 1) * splits, splits, dtype=torch.int32, device=gate.device
         )
-    return h, prompt_abs, token_stats
+        return h, *reduce_segments(partials, of_prompt)

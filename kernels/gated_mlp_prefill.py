@@ -236,7 +236,7 @@ def _describable(arch: str, *tensors: Optional) -> bool:
 
 
 def _dual_product(x, gate, up, gate_bias, up_bias, spans, act):
-    """Return h and, where spans are given, prompt_abs and token_stats."""
+    """Return h and, where spans are given, prompt_stats and token_stats."""
     (tokens, hidden), width = x.shape, gate.shape[0]
     stats, arch = spans is not None, architecture(x.device)
     default = _default_dual(arch, x.dtype, tokens, stats=stats)
@@ -386,7 +386,7 @@ def gated_mlp_prefill_stats(
         spans: [P, 2], int64, on the CPU: each prompt's rows, ascending and disjoint.
 
     Returns:
-        y [T, D] and h [T, F] in x's dtype; prompt_abs [P, F] and token_stats [4, F] in fp32.
+        y [T, D] and h [T, F] in x's dtype; prompt_stats [2, P, F] and token_stats [3, F] in fp32.
 
     Raises:
         ValueError: dtypes or strides are not as above.
@@ -396,5 +396,5 @@ def gated_mlp_prefill_stats(
     """
     _check(x, gate, up, down)
     with torch.cuda.device_of(x):
-        h, prompt_abs, token_stats = _dual_product(x, gate, up, gate_bias, up_bias, spans, act)
-        return _down_product(h, down, down_bias), h, prompt_abs, token_stats
+        h, prompt_stats, token_stats = _dual_product(x, gate, up, gate_bias, up_bias, spans, act)
+        return _down_product(h, down, down_bias), h, prompt_stats, token_stats

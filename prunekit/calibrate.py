@@ -44,8 +44,8 @@ class _Recorder:
         spans = self.batch_spans
         if rows is not None:  # an expert sees some of the tokens: find each prompt's among them
             spans = torch.searchsorted(rows.cpu(), spans)
-        h, prompt_abs, token_stats = ops.gated_act_stats(gate, up, spans, self.views[index].act)
-        self._add(index, h, prompt_abs, token_stats, spans)
+        h, prompt_stats, token_stats = ops.gated_act_stats(gate, up, spans, self.views[index].act)
+        self._add(index, h, prompt_stats, token_stats, spans)
         return h
 
     def mlp(self, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -56,13 +56,9 @@ class _Recorder:
         self._add(index, *found, spans)
         return y
 
-    def _add(self, index: int, h, prompt_abs, token_stats, spans: torch.Tensor) -> None:
+    def _add(self, index: int, h, prompt_stats, token_stats, spans: torch.Tensor) -> None:
         sums = self.sums[index]
-        norms = prompt_abs.new_zeros(prompt_abs.shape)
-        for p, (start, end) in enumerate(spans.tolist()):
-            # vector_norm over the tokens takes four times as long
-            norms[p] = h[start:end].float().square().sum(0)
-        sums.add(prompt_abs, token_stats, norms.sqrt_(), (spans[:, 1] - spans[:, 0]).tolist())
+        sums.add(prompt_stats, token_stats, (spans[:, 1] - spans[:, 0]).tolist())
         if sums.gram is not None:
             ops.gram_update(sums.gram, _counted(h, spans))
 

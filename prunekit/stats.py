@@ -18,9 +18,10 @@ from prunekit.arch import MLPView, fingerprint
 from prunekit.batching import Tokens
 from prunekit.errors import InputError
 from prunekit.ops.gated_act_stats import (
+    PROMPT_ABS_SUM,
+    PROMPT_SQUARE_SUM,
     TOKEN_ACTIVE,
     TOKEN_MAX_ABS,
-    TOKEN_SQUARE_SUM,
     TOKEN_SUM,
 )
 
@@ -89,32 +90,31 @@ class NeuronSums:
 
     def add(
         self,
-        prompt_abs: torch.Tensor,
+        prompt_stats: torch.Tensor,
         token_stats: torch.Tensor,
-        prompt_norms: torch.Tensor,
         lengths: list[int],
     ) -> None:
         """Fold in one batch.
 
         Args:
-            prompt_abs, token_stats: as `ops.gated_act_stats` returns them.
-            prompt_norms: [P, F], fp32: the L2 norm of h over each prompt's tokens.
+            prompt_stats, token_stats: as `ops.gated_act_stats` returns them.
             lengths: tokens a prompt; those without any count nothing.
         """
         seen = [p for p, length in enumerate(lengths) if length]
         if not seen:
             return
-        wide = prompt_abs.double()
+        wide = prompt_stats.double()
+        abs_sums, square_sums = wide[PROMPT_ABS_SUM], wide[PROMPT_SQUARE_SUM]
         counts = torch.tensor(lengths, dtype=torch.float64, device=wide.device).clamp_min(1)
-        means = wide / counts[:, None]
+        means = abs_sums / counts[:, None]
         self.prompts += len(seen)
         self.tokens += sum(lengths)
         self.prompt_sum += means.sum(0)
         self.prompt_square_sum += means.square().sum(0)
-        self.prompt_norm_sum += prompt_norms.double().sum(0)
-        self.token_abs_sum += wide.sum(0)
+        self.prompt_norm_sum += square_sums.sqrt().sum(0)
+        self.token_abs_sum += abs_sums.sum(0)
+        self.token_square_sum += square_sums.sum(0)
         self.token_sum += token_stats[TOKEN_SUM]
-        self.token_square_sum += token_stats[TOKEN_SQUARE_SUM]
         self.active += token_stats[TOKEN_ACTIVE]
         torch.maximum(self.max_abs, token_stats[TOKEN_MAX_ABS], out=self.max_abs)
 

@@ -211,10 +211,9 @@ def test_nan_weights_are_named_by_mlp_and_neuron(llama, tokenizer, texts):
 
 def test_an_empty_prompt_counts_as_none():
     sums = NeuronSums.zeros(3, "cpu")
-    prompt_abs = torch.tensor([[2.0, 4.0, 6.0], [0.0, 0.0, 0.0]])
-    token_stats = torch.tensor([[2.0, -4, 6], [4.0, 16, 36], [2.0, 4, 6], [1.0, 0, 1]])
-    norms = torch.tensor([[1.5, 3.0, 4.5], [0.0, 0.0, 0.0]])
-    sums.add(prompt_abs, token_stats, norms, [2, 0])
+    prompt_stats = torch.tensor([[[2.0, 4, 6], [0, 0, 0]], [[2.25, 9, 20.25], [0, 0, 0]]])
+    token_stats = torch.tensor([[2.0, -4, 6], [2.0, 4, 6], [1.0, 0, 1]])
+    sums.add(prompt_stats, token_stats, [2, 0])
     assert (sums.prompts, sums.tokens) == (1, 2)
     assert sums.prompt_mean.tolist() == [1, 2, 3]
     assert sums.prompt_norm_sum.tolist() == [1.5, 3, 4.5]

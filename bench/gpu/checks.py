@@ -98,7 +98,7 @@ def compare(
         if a.shape != c.shape:
             raise WrongError(f"{name}: has shape {tuple(a.shape)}, expected {tuple(c.shape)}")
         slack = workload.slack(tokens, dtype)
-        if name in ("prompt_abs", "token_sum", "token_square_sum"):
+        if name in ("prompt_abs", "prompt_squares", "token_sum"):
             slack = max(slack / max(tokens, 1) ** 0.5, 1e-5)
         largest = c.double().abs().max().item() if c.numel() else 0.0
         allowed = _COUNTS if name == "token_active" else slack * largest

@@ -192,9 +192,12 @@ def plain_act_stats(gate, up):
     h = (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
     value = h.to(wide)
     size = value.abs()
-    prompts = torch.stack([size[a:b].sum(0) for a, b in _prompt_rows(len(h))])
+    square = value.square()
+    abs_sums, square_sums = (
+        torch.stack([x[a:b].sum(0) for a, b in _prompt_rows(len(h))]) for x in (size, square)
+    )
     open_gates = (gate > 0).sum(0)
-    return h, prompts, value.sum(0), value.square().sum(0), size.amax(0), open_gates
+    return h, abs_sums, square_sums, value.sum(0), size.amax(0), open_gates
 
 
 def plain_stats(x, gate, up, down):
@@ -203,8 +206,8 @@ def plain_stats(x, gate, up, down):
 
 
 def _split(*outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    *front, token_stats = outputs
-    return (*front, *token_stats.unbind())
+    *front, prompt_stats, token_stats = outputs
+    return (*front, *prompt_stats.unbind(), *token_stats.unbind())
 
 
 def plain_gram(gram, h):
@@ -229,7 +232,7 @@ def _mlp_flops(shape: Shape) -> int:
     return 6 * shape.tokens * shape.hidden * shape.width
 
 
-_STATS = ("h", "prompt_abs", "token_sum", "token_square_sum", "token_max_abs", "token_active")
+_STATS = ("h", "prompt_abs", "prompt_squares", "token_sum", "token_max_abs", "token_active")
 
 _MLP = {
     "op": "gated_mlp",

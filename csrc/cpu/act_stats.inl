@@ -16,8 +16,8 @@ struct Rows {
 // The sums over the panel's counted rows so far, in the lanes' order. Chunks of rows are added one
 // after the other, whatever the threads do, so the same input gives the same bits.
 struct PanelSums {
-  double prompt_abs[PANEL];
-  double sum[PANEL], square_sum[PANEL], max_abs[PANEL], active[PANEL];
+  double prompt_abs[PANEL], prompt_squares[PANEL];
+  double sum[PANEL], max_abs[PANEL], active[PANEL];
 };
 
 template <typename V>
@@ -55,7 +55,7 @@ struct VectorSums {
   INLINE void flush(const VectorSums& from, PanelSums& to, int64_t lane) {
     add_lanes(to.prompt_abs + lane, from.abs);
     add_lanes(to.sum + lane, from.sum);
-    add_lanes(to.square_sum + lane, from.square_sum);
+    add_lanes(to.prompt_squares + lane, from.square_sum);
     max_lanes(to.max_abs + lane, bits<V>(from.max_abs));
     add_lanes(to.active + lane, from.active);
   }
@@ -154,14 +154,17 @@ static void panel(const Problem& problem, int64_t begin, int64_t width) {
   for (int64_t p = 0; p < problem.prompts; ++p) {
     const int64_t start = problem.spans[2 * p], end = problem.spans[2 * p + 1];
     std::fill_n(sums.prompt_abs, PANEL, 0.0);
+    std::fill_n(sums.prompt_squares, PANEL, 0.0);
     walk(std::false_type{}, done, start);
     walk(std::true_type{}, start, end);
-    write<Type>(problem.prompt_abs + p * problem.width + begin, sums.prompt_abs, width);
+    float* abs_sums = problem.prompt_stats + p * problem.width + begin;
+    write<Type>(abs_sums, sums.prompt_abs, width);
+    write<Type>(abs_sums + problem.prompts * problem.width, sums.prompt_squares, width);
     done = end;
   }
   walk(std::false_type{}, done, problem.tokens);
   float* stats = problem.token_stats + begin;
-  for (const double* row : {sums.sum, sums.square_sum, sums.max_abs, sums.active}) {
+  for (const double* row : {sums.sum, sums.max_abs, sums.active}) {
     write<Type>(stats, row, width);
     stats += problem.width;
   }

@@ -7,8 +7,9 @@ import torch
 from prunekit.ops.activations import activate, activation_code
 from prunekit.ops.registry import call, define
 
-# Rows of the token statistics [4, F].
-TOKEN_SUM, TOKEN_SQUARE_SUM, TOKEN_MAX_ABS, TOKEN_ACTIVE = range(4)
+# Rows of the prompts' statistics [2, P, F] and of the tokens' [3, F].
+PROMPT_ABS_SUM, PROMPT_SQUARE_SUM = range(2)
+TOKEN_SUM, TOKEN_MAX_ABS, TOKEN_ACTIVE = range(3)
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -22,18 +23,18 @@ def gated_act_stats_ref(
 
     prompts = [h[start:end].to(wide) for start, end in spans.tolist()]
     gates = [gate[start:end] for start, end in spans.tolist()]
-    prompt_abs = h.new_zeros((len(prompts), h.shape[1]), dtype=torch.float32)
+    prompt_stats = h.new_zeros((2, len(prompts), h.shape[1]), dtype=torch.float32)
     for p, rows in enumerate(prompts):
-        prompt_abs[p] = rows.abs().sum(0)
+        prompt_stats[PROMPT_ABS_SUM, p] = rows.abs().sum(0)
+        prompt_stats[PROMPT_SQUARE_SUM, p] = rows.square().sum(0)
 
-    token_stats = h.new_zeros((4, h.shape[1]), dtype=torch.float32)
+    token_stats = h.new_zeros((3, h.shape[1]), dtype=torch.float32)
     counted = torch.cat(prompts) if prompts else h[:0].to(wide)
     if counted.shape[0]:
         token_stats[TOKEN_SUM] = counted.sum(0)
-        token_stats[TOKEN_SQUARE_SUM] = counted.square().sum(0)
         token_stats[TOKEN_MAX_ABS] = counted.abs().amax(0)
         token_stats[TOKEN_ACTIVE] = (torch.cat(gates) > 0).sum(0)
-    return h, prompt_abs, token_stats
+    return h, prompt_stats, token_stats
 
 
 def _gated_act_stats_fake(
@@ -42,8 +43,8 @@ def _gated_act_stats_fake(
     tokens, width = gate.shape
     return (
         gate.new_empty((tokens, width)),
-        gate.new_empty((spans.shape[0], width), dtype=torch.float32),
-        gate.new_empty((4, width), dtype=torch.float32),
+        gate.new_empty((2, spans.shape[0], width), dtype=torch.float32),
+        gate.new_empty((3, width), dtype=torch.float32),
     )
 
 
@@ -86,15 +87,15 @@ def gated_act_stats(
 
     Returns:
         h: [T, F], gate's dtype, contiguous.
-        prompt_abs: [P, F], fp32: the sum of abs h over each prompt's tokens.
-        token_stats: [4, F], fp32, over the tokens of all prompts: sum of h, sum of h², maximum of
-            abs h, and the number of tokens whose gate is open (gate > 0).
+        prompt_stats: [2, P, F], fp32, over each prompt's tokens: sum of abs h, sum of h².
+        token_stats: [3, F], fp32, over the tokens of all prompts: sum of h, maximum of abs h, and
+            the number of tokens whose gate is open (gate > 0).
 
     Raises:
         ValueError: shapes, dtypes or strides are not as above, or spans overlap or run out of T.
 
     Cost:
-        3·T·F·b bytes (2·T·F·b without up) plus 4·(P + 4)·F.
+        3·T·F·b bytes (2·T·F·b without up) plus 4·(2·P + 3)·F.
     """
     if gate.dim() != 2 or gate.stride(-1) != 1:
         raise ValueError(

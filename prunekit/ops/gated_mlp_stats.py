@@ -27,8 +27,8 @@ def gated_mlp_stats_ref(
 ) -> Outputs:
     g = F.linear(x, gate, gate_bias)
     u = None if up is None else F.linear(x, up, up_bias)
-    h, prompt_abs, token_stats = gated_act_stats_ref(g, u, spans, act)
-    return F.linear(h, down, down_bias), h, prompt_abs, token_stats
+    h, prompt_stats, token_stats = gated_act_stats_ref(g, u, spans, act)
+    return F.linear(h, down, down_bias), h, prompt_stats, token_stats
 
 
 def gated_mlp_stats_composed(
@@ -37,8 +37,8 @@ def gated_mlp_stats_composed(
     """torch's own products around the fused activation with its statistics."""
     g = F.linear(x, gate, gate_bias)
     u = None if up is None else F.linear(x, up, up_bias)
-    h, prompt_abs, token_stats = call("gated_act_stats", g, u, spans, act)
-    return F.linear(h, down, down_bias), h, prompt_abs, token_stats
+    h, prompt_stats, token_stats = call("gated_act_stats", g, u, spans, act)
+    return F.linear(h, down, down_bias), h, prompt_stats, token_stats
 
 
 def _gated_mlp_stats_fake(x, gate, up, down, gate_bias, up_bias, down_bias, spans, act):
@@ -46,8 +46,8 @@ def _gated_mlp_stats_fake(x, gate, up, down, gate_bias, up_bias, down_bias, span
     return (
         x.new_empty((tokens, down.shape[0])),
         x.new_empty((tokens, width)),
-        x.new_empty((spans.shape[0], width), dtype=torch.float32),
-        x.new_empty((4, width), dtype=torch.float32),
+        x.new_empty((2, spans.shape[0], width), dtype=torch.float32),
+        x.new_empty((3, width), dtype=torch.float32),
     )
 
 
@@ -86,7 +86,7 @@ def gated_mlp_stats(
         act: silu, gelu, gelu_tanh, relu or relu2.
 
     Returns:
-        y: [T, D]. h: [T, F], x's dtype. prompt_abs: [P, F] and token_stats: [4, F], fp32, as in
+        y: [T, D]. h: [T, F], x's dtype. prompt_stats: [2, P, F] and token_stats: [3, F], fp32, as in
         `gated_act_stats`.
 
     Raises:

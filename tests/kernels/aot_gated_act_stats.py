@@ -83,10 +83,13 @@ def compile_rows(kernel, target: GPUTarget, dtype: str, act: int, with_up: bool,
 
 
 def compile_reduce(target: GPUTarget):
-    pointers = dict.fromkeys(["partials", "prompt_abs", "token_stats"], "*fp32")
-    constants = {"BLOCK_S": kernels._REDUCE_ROWS, "BLOCK_F": kernels._REDUCE_COLUMNS}
+    pointers = dict.fromkeys(["partials", "prompt_stats", "token_stats"], "*fp32")
+    pointers["of_prompt"] = "*i32"
+    constants = {"BLOCK_S": segment_stats._REDUCE_ROWS, "BLOCK_F": segment_stats._REDUCE_COLUMNS}
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    return compile_kernel(kernels._reduce_kernel, pointers, constants, options, target)
+    return compile_kernel(
+        segment_stats._reduce_segments_kernel, pointers, constants, options, target
+    )
 
 
 def inspect_cuda(binary: bytes) -> dict:
