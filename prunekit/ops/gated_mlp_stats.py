@@ -86,8 +86,8 @@ def gated_mlp_stats(
         act: silu, gelu, gelu_tanh, relu or relu2.
 
     Returns:
-        y: [T, D]. h: [T, F], x's dtype. prompt_stats: [2, P, F] and token_stats: [3, F], fp32, as in
-        `gated_act_stats`.
+        y: [T, D]. h: [T, F], x's dtype. prompt_stats: [2, P, F] and token_stats: [3, F], fp32, as
+        in `gated_act_stats`.
 
     Raises:
         ValueError: the activation is unknown, the weights' shapes do not fit x, or spans overlap or

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from prunekit_kernels import gated_act_stats as kernels
+from prunekit_kernels import segment_stats
 from prunekit_kernels.activations import activate
 
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
