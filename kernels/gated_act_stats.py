@@ -131,7 +131,7 @@ def gated_act_stats_triton(
         ValueError: the dtype is not supported.
 
     Cost:
-        3·T·F·b bytes (2·T·F·b without up), and 48·F for each program's part of the workspace.
+        3·T·F·b bytes (2·T·F·b without up), and 40·F for each program's part of the workspace.
     """
     if gate.dtype not in _DTYPES:
         raise ValueError(

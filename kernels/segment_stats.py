@@ -156,7 +156,7 @@ def reduce_segments(
         prompt_stats [2, P, F] and token_stats [3, F] in fp32, as gated_act_stats defines them.
 
     Cost:
-        28·S·F bytes.
+        20·S·F bytes.
     """
     _, segment_count, width = partials.shape
     prompts = len(of_prompt) - 1

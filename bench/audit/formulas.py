@@ -31,6 +31,12 @@ def _once(a: Arguments) -> int:
     return nbytes(*(value for value in a.values() if isinstance(value, torch.Tensor)))
 
 
+def _reduce_segments(a: Arguments) -> int:
+    prompts, programs = a["prompts"], _blocks(a["width"], a["BLOCK_F"])
+    bounds = 2 * a["of_prompt"].element_size() * 2 * prompts * programs  # each prompt's, twice
+    return nbytes(a["partials"], a["prompt_stats"], a["token_stats"]) + bounds
+
+
 def _tiles(a: Arguments, rows: int, columns: int, left: int, right: int) -> int:
     """Every tile reads its rows of the left factors and its columns of the right ones."""
     return _blocks(columns, a["BLOCK_N"]) * left + _blocks(rows, a["BLOCK_M"]) * right
@@ -107,10 +113,9 @@ def _grad_weight(a: Arguments) -> int:
 # By the kernel's name: what it has to move, and at most how much more it may.
 FORMULAS: dict[str, tuple[Callable[[Arguments], int], float]] = {
     "gated_act_stats": (_once, STREAMING),
-    "reduce": (_once, STREAMING),
     "dual_product": (_dual_product, PRODUCT),
     "down_product": (_down_product, PRODUCT),
-    "reduce_segments": (_once, STREAMING),
+    "reduce_segments": (_reduce_segments, STREAMING),
     "decode_hidden": (_decode_hidden, STREAMING),
     "decode_down": (_decode_down, STREAMING),
     "decode_combine": (_once, STREAMING),
