@@ -60,7 +60,11 @@ class PruneConfig:
         "selective removes the lowest scores, reverse the highest, random draws",
         choices=("selective", "reverse", "random"),
     )
-    criterion: str = option("wanda", "what scores a neuron; `prunekit env` lists them")
+    criterion: str = option(
+        "auto",
+        "what scores a neuron: auto takes reconstruction_fisher where the repair needs the Gram "
+        "matrix anyway, else wanda; `prunekit env` lists all",
+    )
     allocation: str = option("uniform", "how many neurons each layer keeps", choices=("uniform",))
     compensate: str = option(
         "",

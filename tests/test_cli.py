@@ -114,6 +114,20 @@ def test_gradients_are_gathered_when_asked_for_or_needed(capsys, tmp_path, folde
     assert "hold no gram; calibrate with --gram" in line
 
 
+@pytest.mark.parametrize(
+    ("options", "criterion"),
+    [((), "reconstruction_fisher"), (("--compensate", "none"), "wanda")],
+    ids=["repaired", "as it is"],
+)
+def test_the_default_criterion_is_recorded_by_its_name(
+    options, criterion, capsys, tmp_path, folder, corpus
+):
+    given = ("--target", corpus, "--sparsity", 0.3, "--multiple-of", 16, "--quiet", *options)
+    assert run(capsys, "prune", folder, *given, "-o", tmp_path / "a")[0] == 0
+    recipe = pk.PrunePlan.load(tmp_path / "a" / "plan.safetensors").recipe
+    assert recipe["criterion"] == criterion
+
+
 def test_random_needs_no_data_and_a_plan_can_be_followed(capsys, tmp_path, folder):
     options = ("--strategy", "random", "--seed", 33, "--sparsity", 0.5, "--multiple-of", 16)
     assert run(capsys, "prune", folder, *options, "-o", tmp_path / "a")[0] == 0
@@ -174,7 +188,10 @@ def test_help_teaches_by_example(capsys):
         ("prune MODEL --target CORPUS --sparsity 1.0 -o OUT", "expected a fraction with 0 <"),
         ("prune MODEL --target CORPUS --sparsity 0 -o OUT", "expected a fraction with 0 <"),
         ("prune MODEL --target CORPUS --sparsity x -o OUT", "invalid float value: 'x'"),
-        ("prune MODEL --target CORPUS --sparsity 0.2 --criterion best -o OUT", "one of fluct"),
+        (
+            "prune MODEL --target CORPUS --sparsity 0.2 --criterion best -o OUT",
+            "one of auto, fluct",
+        ),
         ("prune MODEL --target CORPUS --sparsity 0.2 --criterion selectivity -o OUT", "distractor"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --compensate magic -o OUT", "none, bias, lst"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --multiple-of 0 -o OUT", "at least 1"),

@@ -7,6 +7,7 @@ import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.compensate import repair
 from prunekit.criteria import CRITERIA, criterion
+from prunekit.criteria.auto import resolved
 from prunekit.criteria.reconstruction import elimination_order
 from prunekit.errors import InputError
 from tests.models import tiny_model
@@ -59,8 +60,8 @@ def test_criteria_equal_their_formulas_over_stored_activations(name, tokenizer, 
 
 
 def test_every_criterion_is_tested():
-    elsewhere = {"random", "selectivity", "taylor", "reconstruction", "reconstruction_fisher"}
-    assert set(CRITERIA) == set(FORMULAS) | elsewhere
+    elsewhere = {"auto", "random", "selectivity", "taylor", "reconstruction"}
+    assert set(CRITERIA) == set(FORMULAS) | elsewhere | {"reconstruction_fisher"}
 
 
 def test_random_differs_by_seed_and_needs_no_statistics(llama):
@@ -181,6 +182,27 @@ def test_a_gram_matrix_that_is_not_positive_definite_gets_a_wider_ridge(llama, s
         pk.score(stats, llama, "reconstruction")
 
 
+@pytest.mark.parametrize(
+    ("gathered", "chosen"),
+    [
+        ({"gram": True, "gradients": True}, "reconstruction_fisher"),
+        ({"gram": True}, "wanda"),
+        ({"gradients": True}, "wanda"),
+    ],
+    ids=["both", "gram", "gradients"],
+)
+def test_auto_is_the_best_that_the_statistics_suffice_for(
+    gathered, chosen, llama, tokenizer, texts
+):
+    found = pk.calibrate(llama, tokenizer, texts[:5], **gathered, quiet=True)
+    scores = pk.score(found, llama)
+    expected = pk.score(found, llama, chosen)
+    assert all(torch.equal(a, b) for a, b in zip(scores, expected, strict=True))
+    assert resolved("auto", found, repaired=True) == chosen
+    assert resolved("auto", found, repaired=False) == "wanda"
+    assert resolved("rms", found, repaired=True) == "rms"
+
+
 def test_an_expert_that_no_token_reached_scores_nothing(tokenizer, texts):
     model = tiny_model("mixtral")
     stats = pk.calibrate(model, tokenizer, ["w1 w2"], gram=True, gradients=True, quiet=True)
@@ -204,7 +226,7 @@ def test_what_was_not_gathered_names_the_option(name, message, llama, tokenizer,
 
 
 def test_an_unknown_criterion_lists_those_there_are(llama, stats):
-    with pytest.raises(InputError, match=r"expected one of fluctuation, .*, wanda, wanda_sp"):
+    with pytest.raises(InputError, match=r"expected one of auto, .*, wanda, wanda_sp"):
         pk.score(stats, llama, "best")
 
 

@@ -32,9 +32,10 @@ CONFIG = DemoConfig
 EXAMPLES = """  prunekit demo
   prunekit demo --out /tmp/demo"""
 
-_DEFAULT = "selective + lstsq"
+_DEFAULT = "prunekit's default"
 _VARIANTS = (
-    *(Variant(_DEFAULT, s) for s in (0.1, 0.2, 0.3, 0.5)),
+    *(Variant(_DEFAULT, s) for s in (0.2, 0.35, 0.5)),
+    *(Variant("wanda + lstsq", s, "wanda", compensate="lstsq") for s in (0.2, 0.35, 0.5)),
     *(Variant("selectivity alone", s, "selectivity", compensate="none") for s in (0.1, 0.2)),
     *(Variant("random", s, "random", "random", "none", seed=33) for s in (0.1, 0.2)),
     *(Variant("reverse", s, "selectivity", "reverse", "none") for s in (0.1, 0.2)),
@@ -81,7 +82,9 @@ def run(config: DemoConfig, output: Output) -> int:
         f"contrasted with {len(distractor.examples)} word problems"
     )
     quiet = config.quiet
-    stats = calibrate(dense, tokenizer, target, [distractor], gram=True, quiet=quiet)
+    stats = calibrate(
+        dense, tokenizer, target, [distractor], gram=True, gradients=True, quiet=quiet
+    )
     output.line(f"3/5 pruning it in {len(_VARIANTS)} ways, all from that one calibration")
     dense_loss = evaluate_loss(dense, tokenizer, held_out, quiet=quiet)
     outcomes = []
@@ -189,9 +192,11 @@ def _report(out, rows, dense_loss, outcomes, measured, facts) -> Path:
     lead = (
         "A 135M-parameter chat model was run over 82 coding problems and 164 word problems; from "
         "that one calibration its MLP neurons were removed in several ways, without training. "
-        "selective + lstsq keeps the neurons that add most on the task, "
-        "and repairs the down projection in closed form. selectivity alone, random and reverse "
-        "are the controls of arXiv 2604.27115."
+        "The default removes what the other neurons can best stand in for, by its effect on the "
+        "loss, and solves each layer's down projection anew on what the pruned layers before it "
+        "give. wanda + lstsq takes seconds: it keeps the neurons that add most on the task and "
+        "repairs each layer for itself. selectivity alone, random and reverse are the controls of "
+        "arXiv 2604.27115."
     )
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
     footer = {k: v for k, v in facts.items() if k != "versions"} | {"versions": versions}

@@ -14,6 +14,7 @@ from prunekit.compact import prune
 from prunekit.compensate import check_method, default_method
 from prunekit.config import PruneConfig
 from prunekit.criteria import score
+from prunekit.criteria.auto import gathered_for, resolved
 from prunekit.criteria.registry import get_criterion
 from prunekit.errors import InputError
 from prunekit.files import check_output_folder
@@ -43,21 +44,22 @@ def run(config: PruneConfig, output: Output) -> int:
     model = load(config.model, dtype=config.dtype)
     if target:
         scored = config.strategy != "random" and not config.plan
-        gathers = get_criterion(config.criterion).gathers if scored else ()
+        repaired = _solves(_method(config, has_target=True))
+        gathers = gathered_for(config.criterion, repaired=repaired) if scored else ()
         stats = calibrate(
             model,
             tokenizer,
             joined(target),
             distractors,
-            gram=_method(config, has_target=True) not in ("none", "bias") or "gram" in gathers,
+            gram=repaired or "gram" in gathers,
             gradients="taylor" in gathers or "gradient_gram" in gathers,
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
             quiet=config.quiet,
         )
     begun = time.perf_counter()
-    chosen = given or _choose(config, model, stats)
     method = config.compensate or default_method(stats)
+    chosen = given or _choose(config, model, stats, method)
     if stats is not None and method == "none" and not config.compensate:
         logger.warning(
             "nothing is repaired: %s has no Gram matrices (calibrate --gram)", config.stats
@@ -123,8 +125,13 @@ def _method(config: PruneConfig, *, has_target: bool) -> str:
     return config.compensate or ("sequential" if has_target else "none")
 
 
-def _choose(config: PruneConfig, model, stats: NeuronStats | None) -> PrunePlan:
-    criterion = "random" if config.strategy == "random" else config.criterion
+def _solves(method: str) -> bool:
+    return method not in ("none", "bias")
+
+
+def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) -> PrunePlan:
+    criterion = resolved(config.criterion, stats, repaired=_solves(method))
+    criterion = "random" if config.strategy == "random" else criterion
     scores = score(stats, model, criterion, seed=config.seed)
     recipe = {
         "criterion": criterion,

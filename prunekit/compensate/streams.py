@@ -36,12 +36,20 @@ class Calls:
         return out[0] if isinstance(out, tuple) else out
 
 
-def _wide(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.float()
-    if isinstance(value, tuple):
-        return tuple(map(_wide, value))
-    return value
+class _Wide:
+    """Widens to fp32 what layers are called with; what many share (masks, rotations) only once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if id(value) not in self._known:
+                self._known[id(value)] = value, value.float()  # holding it keeps its id its own
+            return self._known[id(value)][1]
+        if isinstance(value, tuple):
+            return tuple(map(self, value))
+        return value
 
 
 @torch.no_grad()
@@ -49,14 +57,15 @@ def record_calls(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) ->
     """Run the dense decoder once and keep how it calls its layers."""
     device = next(model.parameters()).device
     calls = Calls(torch.empty(0), batch.counted().to(device))
+    wide = _Wide()
 
     def keep(layer: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         named = dict(named)
         hidden = arguments[0] if arguments else named.pop("hidden_states")
         if not calls.rest:
             calls.hidden = hidden.float()
-        named = {name: _wide(value) for name, value in named.items()}
-        calls.rest.append((tuple(map(_wide, arguments[1:])), named))
+        named = {name: wide(value) for name, value in named.items()}
+        calls.rest.append((tuple(map(wide, arguments[1:])), named))
 
     with ExitStack() as stack:
         for layer in layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prunekit.criteria import (  # noqa: F401 (they register)
+    auto,
     fluctuation,
     magnitude,
     mean_abs,

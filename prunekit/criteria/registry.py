@@ -86,7 +86,7 @@ def _check_complete(scorer: Criterion, classes: dict[str, list[NeuronSums]]) -> 
 
 @torch.no_grad()
 def score(
-    stats: NeuronStats | None, model: nn.Module, criterion: str = "wanda", *, seed: int = 0
+    stats: NeuronStats | None, model: nn.Module, criterion: str = "auto", *, seed: int = 0
 ) -> list[torch.Tensor]:
     """Score every neuron of a model; higher means keep.
 

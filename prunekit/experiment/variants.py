@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunekit.compact import prune
@@ -24,9 +25,9 @@ class Variant:
 
     name: str
     sparsity: float
-    criterion: str = "wanda"
+    criterion: str = "auto"
     strategy: str = "selective"
-    compensate: str = "lstsq"
+    compensate: str = "sequential"
     seed: int = 0
 
 
@@ -56,11 +57,20 @@ def run_variants(
     multiple_of: int = 64,
     quiet: bool = False,
 ) -> Iterator[Outcome]:
-    """Prune a copy of the model by each variant and measure it; the dense model stays as it is."""
+    """Prune a copy of the model by each variant and measure it; the dense model stays as it is.
+
+    Neurons are scored once a criterion and seed, and that time counts for every variant.
+    """
+    scored: dict[tuple[str, int], tuple[list[torch.Tensor], float]] = {}
     for variant in variants:
         smaller = copy.deepcopy(model)
         begun = time.perf_counter()
-        scores = score(stats, smaller, variant.criterion, seed=variant.seed)
+        way = variant.criterion, variant.seed
+        if way not in scored:
+            scores = score(stats, smaller, variant.criterion, seed=variant.seed)
+            scored[way] = scores, time.perf_counter() - begun
+            begun = time.perf_counter()
+        scores, scoring = scored[way]
         chosen = plan(
             scores,
             variant.sparsity,
@@ -70,6 +80,6 @@ def run_variants(
             recipe={"criterion": variant.criterion, "stats": stats.hash},
         )
         prune(smaller, chosen, stats=stats, compensate=variant.compensate)
-        seconds = time.perf_counter() - begun
+        seconds = scoring + time.perf_counter() - begun
         loss = evaluate_loss(smaller, tokenizer, held_out, quiet=quiet)
         yield Outcome(variant, smaller, loss, chosen.sparsity, seconds)
