@@ -55,3 +55,19 @@ def demo_model():
     from prunekit.integrations.transformers import load, load_tokenizer
 
     return load("demo"), load_tokenizer("demo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a real tokenizer of words, saved as any model is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    words = {f"w{i}": i for i in range(3, 100)} | {"<unk>": 0, "<s>": 1, "</s>": 2}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(path)
+    return path

@@ -1,0 +1,192 @@
+"""Every criterion with every repair at several sparsities: the rise of the held-out loss.
+
+A task is a JSONL file of `prompt` + `completion`: its first rows calibrate, its last are held out.
+One calibration a task serves every cell. Cells go to OUT/results.jsonl as they are measured, and a
+second run goes on where the first stopped; OUT/quality.md and one plot a task are made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+from prunekit.calibrate import calibrate
+from prunekit.corpus import Corpus, read_corpus
+from prunekit.criteria import CRITERIA
+from prunekit.evaluate import evaluate_loss
+from prunekit.experiment.variants import Variant, run_variants
+from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.report.plots import Point, loss_by_sparsity
+from prunekit.stats import NeuronStats
+
+SPARSITIES = (0.2, 0.35, 0.5)
+SEEDS = (33, 42, 7)  # of random
+NOT_HERE = ("auto", "selectivity")  # another's name; needs distractors
+SLOW = ("sequential",)  # a minute a cell: only for the criteria that come close
+CLOSE = ("reconstruction_fisher", "reconstruction", "wanda")
+PLOTTED = (
+    ("reconstruction_fisher", "sequential"),
+    ("wanda", "lstsq"),
+    ("fluctuation", "bias"),
+    ("minitron", "none"),
+    ("taylor", "none"),
+    ("random", "none"),
+)
+
+
+def variants(criteria: list[str], repairs: list[str], sparsities: list[float]) -> list[Variant]:
+    """Every cell, the quick ones first."""
+    found = []
+    for repair in repairs:
+        for criterion in criteria:
+            if repair in SLOW and criterion not in CLOSE:
+                continue
+            strategy = "random" if criterion == "random" else "selective"
+            for seed in SEEDS if criterion == "random" else (0,):
+                name = f"{criterion} + {repair}"
+                found += [
+                    Variant(name, s, criterion, strategy, repair, seed=seed) for s in sparsities
+                ]
+    return found
+
+
+def split(path: str, calibration: int, held_out: int) -> tuple[Corpus, Corpus]:
+    """The first rows and the last of a corpus, which must not meet."""
+    whole = read_corpus(path)
+    if len(whole.examples) < calibration + held_out:
+        raise SystemExit(f"{path}: {len(whole.examples)} rows, needs {calibration + held_out}")
+    first, last = whole.examples[:calibration], whole.examples[-held_out:]
+    return Corpus(f"{whole.name} (first)", first), Corpus(f"{whole.name} (last)", last)
+
+
+def statistics(model, tokenizer, corpus: Corpus, path: Path) -> NeuronStats:
+    """The calibration of a task, kept beside the results."""
+    if path.exists():
+        stats = NeuronStats.load(path)
+        if stats.provenance["corpora"][0]["hash"] == corpus.hash:
+            return stats
+    stats = calibrate(model, tokenizer, corpus, gram=True, gradients=True)
+    stats.save(path)
+    return stats
+
+
+def measured(path: Path) -> Iterator[dict]:
+    """The cells on record."""
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def measure(task: str, source: str, options: argparse.Namespace) -> None:
+    """Measure the cells of a task that are not on record."""
+    record = options.out / "results.jsonl"
+    calibration, held_out = split(source, options.calibration, options.held_out)
+    data = {"calibration": calibration.hash, "held_out": held_out.hash}
+    done = {
+        (c["criterion"], c["compensate"], c["seed"], c["sparsity"])
+        for c in measured(record)
+        if c["task"] == task and c["data"] == data
+    }
+    todo = [
+        v
+        for v in variants(options.criterion, options.compensate, options.sparsity)
+        if (v.criterion, v.compensate, v.seed, v.sparsity) not in done
+    ]
+    if not todo:
+        return
+    model, tokenizer = load(options.model, dtype="bf16"), load_tokenizer(options.model)
+    stats = statistics(model, tokenizer, calibration, options.out / f"{task}.stats")
+    dense = evaluate_loss(model, tokenizer, held_out, quiet=True).loss
+    for outcome in run_variants(model, tokenizer, stats, held_out, todo, quiet=True):
+        loss = outcome.loss.loss
+        facts = {"reached": outcome.sparsity, "dense": dense, "loss": loss, "rise": loss - dense}
+        cell = {"task": task, "data": data, **asdict(outcome.variant), **facts}
+        cell["seconds"] = round(outcome.seconds, 1)
+        with record.open("a") as lines:
+            lines.write(json.dumps(cell) + "\n")
+        variant = outcome.variant
+        print(
+            f"{task:6} {variant.name:36} {variant.sparsity:4.0%} {loss - dense:+8.4f}", flush=True
+        )
+
+
+def table(cells: list[dict]) -> str:
+    """Markdown: the rise by way and sparsity, a task a column group, the mean last."""
+    tasks = sorted({c["task"] for c in cells})
+    sparsities = sorted({c["sparsity"] for c in cells})
+    rises: dict[tuple[str, str, float], list[float]] = {}
+    for c in cells:
+        rises.setdefault((c["name"], c["task"], c["sparsity"]), []).append(c["rise"])
+    columns = [(t, s) for t in tasks for s in sparsities] + [("mean", s) for s in sparsities]
+    lines = [
+        "| criterion + repair | " + " | ".join(f"{t} {s:.0%}" for t, s in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    rows = []
+    for name in {c["name"] for c in cells}:
+        by_task = {(t, s): rises.get((name, t, s)) for t in tasks for s in sparsities}
+        means = {
+            s: mean(mean(by_task[t, s]) for t in tasks)
+            for s in sparsities
+            if all(by_task[t, s] for t in tasks)
+        }
+        shown = [_rise(v) for v in by_task.values()]
+        shown += [_rise([means[s]] if s in means else None) for s in sparsities]
+        rows.append((means.get(sparsities[-1], float("inf")), name, shown))
+    lines += [f"| {name} | " + " | ".join(shown) + " |" for _, name, shown in sorted(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _rise(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}"
+
+
+def plot(cells: list[dict]) -> str:
+    """SVG of one task: held-out loss by the sparsity reached, for the ways that tell the story."""
+    dense = Point(0.0, cells[0]["dense"])
+    lines = {
+        f"{criterion} + {repair}": [
+            Point(c["reached"], c["loss"])
+            for c in cells
+            if (c["criterion"], c["compensate"]) == (criterion, repair)
+            and c["seed"] in (0, SEEDS[0])
+        ]
+        for criterion, repair in PLOTTED
+    }
+    return loss_by_sparsity({name: points for name, points in lines.items() if points}, dense)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    every = [name for name in sorted(CRITERIA) if name not in NOT_HERE]
+    repairs = ["none", "bias", "lstsq", "sequential"]
+    parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--out", type=Path, default=Path("quality"))
+    parser.add_argument("--criterion", nargs="+", choices=every, default=every)
+    parser.add_argument("--compensate", nargs="+", choices=repairs, default=repairs)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--calibration", type=int, default=192, help="rows")
+    parser.add_argument("--held-out", type=int, default=80, help="rows")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("prunekit").setLevel(logging.ERROR)
+    tasks = dict(pair.split("=", 1) for pair in options.task)
+    for task, source in tasks.items():
+        measure(task, source, options)
+    cells = list(measured(options.out / "results.jsonl"))
+    (options.out / "quality.md").write_text(table(cells))
+    for task in tasks:
+        (options.out / f"{task}.svg").write_text(plot([c for c in cells if c["task"] == task]))
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

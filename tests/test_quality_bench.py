@@ -1,0 +1,66 @@
+"""The quality benchmark: its cells, its table, and going on where it stopped."""
+
+import argparse
+import json
+
+import pytest
+
+from bench import quality
+
+
+def cell(name, task, sparsity, rise, seed=0):
+    return {"name": name, "task": task, "sparsity": sparsity, "rise": rise, "seed": seed}
+
+
+def test_the_table_has_means_spread_and_the_best_first():
+    cells = [
+        cell("wanda + none", "code", 0.5, 0.25),
+        cell("wanda + none", "math", 0.5, 0.75),
+        cell("random + none", "code", 0.5, 1.0, seed=1),
+        cell("random + none", "code", 0.5, 2.0, seed=2),
+        cell("rms + none", "code", 0.5, 0.125),
+        cell("rms + none", "math", 0.5, 0.125),
+    ]
+    rows = [line.split(" | ") for line in quality.table(cells).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| rms + none", "| wanda + none", "| random + none"]
+    assert rows[1][1:] == ["0.250", "0.750", "0.500 |"]
+    assert rows[2][1:] == ["1.500 (1.00 to 2.00)", "", " |"]
+
+
+def test_slow_repairs_meet_only_criteria_that_come_close():
+    found = quality.variants(["wanda", "rms", "random"], ["none", "sequential"], [0.5])
+    ways = [(v.criterion, v.compensate, v.seed) for v in found]
+    drawn = [("random", "none", seed) for seed in quality.SEEDS]
+    assert ways == [("wanda", "none", 0), ("rms", "none", 0), *drawn, ("wanda", "sequential", 0)]
+
+
+def test_rows_that_calibrate_are_not_held_out(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5)))
+    first, last = quality.split(str(path), 3, 2)
+    assert [e.text for e in first.examples] == ["row 0", "row 1", "row 2"]
+    assert [e.text for e in last.examples] == ["row 3", "row 4"]
+    with pytest.raises(SystemExit, match="5 rows, needs 6"):
+        quality.split(str(path), 4, 2)
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, folder):
+    path = tmp_path / "c.jsonl"
+    rows = ({"prompt": f"w{i} w2", "completion": " w3 w4 w5"} for i in range(6))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = argparse.Namespace(
+        model=str(folder),
+        out=tmp_path,
+        criterion=["wanda"],
+        compensate=["none"],
+        sparsity=[0.3],
+        calibration=4,
+        held_out=2,
+    )
+    quality.measure("code", str(path), options)
+    options.criterion = ["wanda", "rms"]
+    quality.measure("code", str(path), options)
+    found = list(quality.measured(tmp_path / "results.jsonl"))
+    assert [c["criterion"] for c in found] == ["wanda", "rms"]
+    assert all(c["rise"] == c["loss"] - c["dense"] for c in found)
+    assert "<svg" in quality.plot(found)
