@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import prunekit as pk
 from prunekit.cli import VERBS, main
+from prunekit.ops.gated_mlp_cpu import decodes
+from prunekit.ops.registry import OPERATIONS, force_backend
 from tests.models import logits, tiny_model
 
 
@@ -151,6 +153,22 @@ def test_env_names_what_serves_each_operation(capsys):
     assert "wanda" in facts["criteria"]
     lines = run(capsys, "env")[1].splitlines()
     assert sum(line.split()[:1] == ["gather_rows"] for line in lines) == 1
+
+
+@pytest.mark.skipif("cpp" not in OPERATIONS["gated_mlp"].backends, reason="no C++ extension")
+def test_env_names_the_tokens_that_the_decode_kernel_serves(capsys):
+    with force_backend("cpp"):
+        most = json.loads(run(capsys, "env", "--json")[1])["cpu_decode_tokens"]
+        (row,) = (line for line in run(capsys, "env")[1].splitlines() if " gated_mlp " in line)
+    with force_backend("reference"):
+        assert json.loads(run(capsys, "env", "--json")[1])["cpu_decode_tokens"] is None
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, gate, down = (torch.zeros(*s, dtype=dtype) for s in ((17, 8), (6, 8), (8, 6)))
+        serves = [n for n in range(1, 18) if decodes(x[:n], gate, gate, down, None, None, None)]
+        assert serves == list(range(1, most + 1))
+    wanted = f"cpp for 1 to {most} tokens, torch above" if most else "torch"
+    assert row.rstrip().endswith("  " + wanted)
 
 
 def test_help_teaches_by_example(capsys):

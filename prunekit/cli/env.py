@@ -9,6 +9,7 @@ from prunekit.errors import InputError
 from prunekit.integrations.transformers import DEMO, load_tokenizer
 from prunekit.measure.provenance import provenance
 from prunekit.ops.backends import EXTENSION_PROBLEM, TRITON_PROBLEM, serving
+from prunekit.ops.gated_mlp_cpu import DECODE_TOKENS
 from prunekit.ops.registry import BACKENDS, OPERATIONS, forced_backend
 
 CONFIG = EnvConfig
@@ -22,6 +23,9 @@ def run(config: EnvConfig, output: Output) -> int:
     facts = provenance()
     forced = forced_backend()
     choices = {name: forced or serving(name) for name in OPERATIONS}
+    decodes = choices["gated_mlp"] == "cpp" and EXTENSION_PROBLEM is None
+    most = DECODE_TOKENS.get(facts["cpu_isa"], 0) if decodes else None
+    shown = choices if most is None else choices | {"gated_mlp": _by_tokens(most)}
     demo = _demo_problem()
     problems = {
         "C++ extension": EXTENSION_PROBLEM,
@@ -34,7 +38,7 @@ def run(config: EnvConfig, output: Output) -> int:
         (
             name,
             *("yes" if b in operation.backends else "–" for b in BACKENDS),
-            choices[name],
+            shown[name],
         )
         for name, operation in OPERATIONS.items()
     ]
@@ -47,8 +51,21 @@ def run(config: EnvConfig, output: Output) -> int:
     for what, problem in problems.items():
         output.line(f"{what}: {problem or 'ready'}")
     output.line(f"criteria: {', '.join(sorted(CRITERIA))}")
-    output.json({**facts, "serving": choices, "problems": problems, "criteria": sorted(CRITERIA)})
+    output.json(
+        {
+            **facts,
+            "serving": choices,
+            "cpu_decode_tokens": most,
+            "problems": problems,
+            "criteria": sorted(CRITERIA),
+        }
+    )
     return 0
+
+
+def _by_tokens(most: int) -> str:
+    """What serves gated_mlp on the CPU, whose C++ kernel takes up to ``most`` tokens."""
+    return f"cpp for 1 to {most} tokens, torch above" if most else "torch"
 
 
 def _demo_problem() -> str | None:
