@@ -22,8 +22,8 @@ from prunekit.errors import InputError
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronSums
 
-# Lengths are rounded up to a multiple of this by padding on the right, which no token sees: products
-# of ever new shapes are each compiled and kept by the CPU's library, a gigabyte for 200 lengths.
+# Lengths are rounded up to a multiple of this by padding on the right, which no token sees: the
+# CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
 _ROUND = 32
 
 
