@@ -16,7 +16,7 @@ def test_a_recorded_launch_has_what_a_real_one_would_get():
         h, _, _ = gated_act_stats_triton(gate, gate, spans, 0)
     assert h.is_meta
     first, second = launches
-    assert (first.name, second.name) == ("gated_act_stats", "reduce")
+    assert (first.name, second.name) == ("gated_act_stats", "reduce_segments")
     assert first.arguments["width"] == 128
     assert first.arguments["up"] is gate
     assert first.options["num_warps"] == 1  # a wavefront of 64 lanes
