@@ -22,10 +22,13 @@ double read_floats(const Tensor& x) {
         "read_floats: x must be contiguous fp32 on the CPU");
   const auto kernel = PRUNEKIT_BEST(sum_streams);
   const float* from = x.const_data_ptr<float>();
-  const int64_t threads = torch::stable::get_num_threads(), part = x.numel() / threads;
+  const int64_t threads = torch::stable::get_num_threads(), words = x.numel();
   std::vector<double> sums(threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t t, int64_t end) {
-    for (; t < end; ++t) sums[t] = kernel(from + t * part, part);
+    for (; t < end; ++t) {
+      const int64_t first = t * words / threads, last = (t + 1) * words / threads;
+      sums[t] = kernel(from + first, last - first);
+    }
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }

@@ -58,7 +58,8 @@ def test_operations_at_each_level(level):
     if LEVELS.index(level) >= LEVELS.index(cpu_isa()):
         pytest.skip(f"{level} is what this process uses, or more than this CPU has")
     names = ("test_gather.py", "test_gated_act_stats.py", "test_gated_mlp.py")
-    pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp or decode")
+    names += ("test_read_floats.py",)
+    pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp or decode or read_floats")
     result = run(*pytest_, *(str(HERE / name) for name in names), level=level)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
