@@ -12,19 +12,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 TABLE = Path(__file__).with_name("tuned.json")
 Config = dict[str, int | bool | str]
+_Table = TypeVar("_Table", bound=dict[str, Config])
 
 _override: dict[str, Config] = {}
+_serving: dict[str, Config] | None = None
 
 
 @cache
-def table() -> dict[str, Config]:
-    """Return what was measured, by key."""
+def _measured() -> dict[str, Config]:
     return json.loads(TABLE.read_text())
+
+
+def table() -> dict[str, Config]:
+    """Return what was measured, by key, or the table that serves instead."""
+    return _measured() if _serving is None else _serving
 
 
 @cache
@@ -49,6 +56,17 @@ def choose(
     if kernel in _override:
         return _override[kernel]
     return table().get(key(kernel, arch, dtype, tokens, *shape), default)
+
+
+@contextmanager
+def serving(table: _Table) -> Iterator[_Table]:
+    """Inside the block, let kernels choose from this table in the place of ``tuned.json``."""
+    global _serving
+    before, _serving = _serving, table
+    try:
+        yield table
+    finally:
+        _serving = before
 
 
 @contextmanager

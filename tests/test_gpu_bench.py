@@ -241,7 +241,7 @@ class Toy:
 
 def tune_toy(proposed, **more):
     toy = Toy()
-    with Table({}).serving() as table:
+    with tuning.serving(Table({})) as table:
         ((key, default),) = table.asked_by(toy).items()
         assert key == "toy interpreter float16 8x7"
         arguments = {"alive": lambda: True, "another": lambda: True, "rounds": 5} | more
@@ -282,7 +282,7 @@ def test_inner_kernels_come_before_the_path_that_leads_to_them():
         for kernel in ("path", "inner"):
             tuning.choose(kernel, "sm_90", torch.bfloat16, 1, 8, default={})
 
-    with Table({}).serving() as table:
+    with tuning.serving(Table({})) as table:
         asked = list(table.asked_by(run))
     assert asked == ["inner sm_90 bfloat16 1x8", "path sm_90 bfloat16 1x8"]
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -43,15 +42,6 @@ class Table(dict[str, Config]):
     def get(self, key: str, default: Config) -> Config:
         self.asked[key] = super().get(key, default)
         return self.asked[key]
-
-    @contextmanager
-    def serving(self) -> Iterator[Table]:
-        """Let kernels choose from this table inside the block."""
-        before, tuning.table = tuning.table, lambda: self
-        try:
-            yield self
-        finally:
-            tuning.table = before
 
     def asked_by(self, run: Callable[[], object]) -> dict[str, Config]:
         """Return the keys that a run asks for, with what serves them, inner kernels first.

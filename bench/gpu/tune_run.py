@@ -36,7 +36,7 @@ def tune_all(run: Run) -> None:
     """Tune at every shape of the models, in the order of their worth."""
     path, proposed = table_path(run), candidates(run.options.candidates)
     known = dict(tuning.table()) | (read_json(path) if path.is_file() else {})
-    with Table(known).serving() as table:
+    with tuning.serving(Table(known)) as table:
         for workload, shape in run.cases():
             name = f"tune {workload.name} {dtype_name(run.dtypes[0])} {shape}"
             if run.options.only in name and name not in run.results.failed:

@@ -33,19 +33,34 @@ def test_architecture():
     assert launch.multiprocessors("sm_80") == 108
 
 
-def test_a_measured_configuration_comes_before_the_default(monkeypatch):
+def test_a_measured_configuration_comes_before_the_default():
     measured = {"dual_product sm_90 bfloat16 512x1536x8960": {"BLOCK_M": 64}}
-    monkeypatch.setattr(tuning, "table", lambda: measured)
 
     def chosen(tokens, width):
         shape = tokens, 1536, width
         return tuning.choose("dual_product", "sm_90", torch.bfloat16, *shape, default={"d": 1})
 
-    assert chosen(300, 8960) == chosen(512, 8960) == {"BLOCK_M": 64}
-    assert chosen(513, 8960) == chosen(512, 4480) == {"d": 1}
-    with tuning.trying("dual_product", {"BLOCK_M": 32}):
-        assert chosen(512, 8960) == chosen(512, 4480) == {"BLOCK_M": 32}
-    assert chosen(512, 4480) == {"d": 1}
+    with tuning.serving(measured):
+        assert chosen(300, 8960) == chosen(512, 8960) == {"BLOCK_M": 64}
+        assert chosen(513, 8960) == chosen(512, 4480) == {"d": 1}
+        with tuning.trying("dual_product", {"BLOCK_M": 32}):
+            assert chosen(512, 8960) == chosen(512, 4480) == {"BLOCK_M": 32}
+        assert chosen(512, 4480) == {"d": 1}
+
+
+def test_a_table_serves_inside_its_block_alone():
+    def chosen():
+        return tuning.choose("toy", "sm_90", torch.float16, 1, 8, default={"d": 1})
+
+    measured = tuning.table()
+    outer, inner = {"toy sm_90 float16 1x8": {"A": 1}}, {"toy sm_90 float16 1x8": {"A": 2}}
+    with pytest.raises(ZeroDivisionError), tuning.serving(outer) as served:
+        assert served is outer
+        with tuning.serving(inner):
+            assert chosen() == {"A": 2}
+        assert chosen() == {"A": 1}
+        1 / 0  # noqa: B018
+    assert tuning.table() is measured
 
 
 def test_an_empty_grid_is_not_launched():
