@@ -1,30 +1,26 @@
-"""Compiles the kernels of gated_act_stats ahead of time and prints what came out, as JSON lines.
+"""Compiles gated_act_stats, and the same kernel without sums, and prints figures as JSON lines.
 
-A script of its own, because a process that interprets Triton kernels cannot compile them:
-``python aot_gated_act_stats.py TARGETS DTYPES ACTIVATIONS``, each a list with commas.
+A process of its own, because one that interprets Triton kernels cannot compile them:
+``python -m tests.kernels.aot_gated_act_stats TARGETS DTYPES ACTIVATIONS``, each a list with commas.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import product
 
+import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from prunekit_kernels import gated_act_stats as kernels
-from prunekit_kernels import segment_stats
+from bench.audit.compile import compile_all
+from bench.audit.specialise import Specialisation, specialise
 from prunekit_kernels.activations import activate
+from prunekit_kernels.gated_act_stats import gated_act_stats_triton, launch_options
+from prunekit_kernels.launch import launch, recorded
 
-ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-# A multiprocessor's threads, blocks and shared memory in KiB; every one has 65536 registers.
-MULTIPROCESSORS = {"sm_80": (2048, 32, 164), "sm_90": (2048, 32, 228), "sm_100": (2048, 32, 228)}
+TOKENS, WIDTH = 2048, 8960
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -53,115 +49,39 @@ def _plain_kernel(
         tl.store(h + here * width + columns, value.to(h.dtype.element_ty), mask=inside)
 
 
-def parse_target(name: str) -> GPUTarget:
-    if name.startswith("sm_"):
-        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-    return GPUTarget("hip", name, 64)
+def plain(gate: torch.Tensor, up: torch.Tensor | None, act: int, arch: str) -> None:
+    """Launch the plain kernel as gated_act_stats is launched, its registers without a limit."""
+    options = launch_options(gate.element_size(), hip=arch.startswith("gfx"))
+    options.pop("maxnreg", None)
+    strides = gate.stride(0), 0 if up is None else up.stride(0)
+    h = torch.empty_like(gate)
+    launch(_plain_kernel, (1,), gate, up, h, 0, TOKENS, WIDTH, *strides, ACT=act, **options)
 
 
-def compile_kernel(kernel, pointers: dict, constants: dict, options: dict, target: GPUTarget):
-    """Compile with pointers, width and strides known to be multiples of 16, the rest int32."""
-    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = [*pointers, *({"width", "gate_stride", "up_stride"} & {*signature})]
-    attributes = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name in aligned
-        if name not in constants
-    }
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
-
-
-def compile_rows(kernel, target: GPUTarget, dtype: str, act: int, with_up: bool, **replaced):
-    """Compile the first pass, or the plain kernel, as the first pass is launched."""
-    options = kernels.launch_options(ELEMENT_SIZE[dtype], hip=target.backend == "hip") | replaced
-    pointers = dict.fromkeys(["gate", "up", "h"], f"*{dtype}")
-    if kernel is not _plain_kernel:
-        pointers |= {"spans": "*i64", "partials": "*fp32"}
-    constants = {"ACT": act, "BLOCK_F": options.pop("BLOCK_F")} | ({} if with_up else {"up": None})
-    return compile_kernel(kernel, pointers, constants, options, target)
-
-
-def compile_reduce(target: GPUTarget):
-    pointers = dict.fromkeys(["partials", "prompt_stats", "token_stats"], "*fp32")
-    pointers["of_prompt"] = "*i32"
-    constants = {"BLOCK_S": segment_stats._REDUCE_ROWS, "BLOCK_F": segment_stats._REDUCE_COLUMNS}
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    return compile_kernel(
-        segment_stats._reduce_segments_kernel, pointers, constants, options, target
-    )
-
-
-def inspect_cuda(binary: bytes) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool.path, flag, file.name], capture_output=True, text=True, check=True)
-            for tool, flag in (
-                (triton.knobs.nvidia.cuobjdump, "--dump-resource-usage"),
-                (triton.knobs.nvidia.nvdisasm, "--print-code"),
-            )
-        )
-    loads = Counter(re.findall(r"\b(?:LDG|LDGSTS|STG)\.E[\w.]*", sass.stdout))
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage.stdout)[1]),
-        "spills": int(re.search(r"STACK:(\d+)", usage.stdout)[1])
-        + len(re.findall(r"\b(?:LDL|STL)\b", sass.stdout)),
-        "loads": dict(loads),
-        "wide_loads": sum(n for name, n in loads.items() if name[0] == "L" and "128" in name),
-        "wide_stores": sum(n for name, n in loads.items() if name[0] == "S" and "128" in name),
-    }
-
-
-def inspect_hip(assembly: str) -> dict:
-    def count(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
-
-    return {
-        "registers": count("vgpr_count"),
-        "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
-        "wide_loads": assembly.count("global_load_dwordx4"),
-        "wide_stores": assembly.count("global_store_dwordx4"),
-    }
-
-
-def inspect(compiled) -> dict:
-    if "cubin" in compiled.asm:
-        return inspect_cuda(compiled.asm["cubin"])
-    return inspect_hip(compiled.asm["amdgcn"])
-
-
-def occupancy(compiled, target: str) -> int:
-    """Return how many warps a multiprocessor, or wavefronts a SIMD, holds at once."""
-    registers = -(-inspect(compiled)["registers"] // 8) * 8  # handed out by eights
-    if target not in MULTIPROCESSORS:
-        return min(512 // registers, 8)
-    threads, most_blocks, shared = MULTIPROCESSORS[target]
-    warps = compiled.metadata.num_warps
-    shared_of_block = compiled.metadata.shared + 1024  # the driver keeps one KiB
-    blocks = min(65536 // (registers * 32 * warps), shared * 1024 // shared_of_block)
-    return min(blocks, most_blocks, threads // (32 * warps)) * warps
-
-
-def report_stats(target: GPUTarget, name: str, dtype: str, act: int, with_up: bool) -> None:
-    stats = compile_rows(kernels._gated_act_stats_kernel, target, dtype, act, with_up)
-    plain = compile_rows(_plain_kernel, target, dtype, act, with_up, maxnreg=None)
-    what = {"kernel": "stats", "target": name, "dtype": dtype, "act": act, "with_up": with_up}
-    held = {"occupancy": occupancy(stats, name), "plain_occupancy": occupancy(plain, name)}
-    print(json.dumps(what | inspect(stats) | held), flush=True)
+def find(
+    targets: list[str], dtypes: list[str], activations: list[int]
+) -> Iterator[tuple[dict, Specialisation, Specialisation]]:
+    """Yield what is compiled, with sums and without."""
+    for arch, dtype, act, with_up in product(targets, dtypes, activations, (True, False)):
+        gate = torch.empty(TOKENS, WIDTH, dtype=getattr(torch, dtype), device="meta")
+        up = torch.empty_like(gate) if with_up else None
+        with recorded(arch) as launches:
+            gated_act_stats_triton(gate, up, torch.tensor([[0, TOKENS]]), act)
+            plain(gate, up, act, arch)
+        made = {one.name: specialise(one, arch) for one in launches}
+        what = {"target": arch, "dtype": dtype, "act": act, "with_up": with_up}
+        yield what, made["gated_act_stats"], made["plain"]
 
 
 def main(targets: str, dtypes: str, activations: str) -> None:
-    for name in targets.split(","):
-        target = parse_target(name)
-        what = {"kernel": "reduce", "target": name}
-        print(json.dumps(what | inspect(compile_reduce(target))), flush=True)
-        for dtype in dtypes.split(","):
-            for act in map(int, activations.split(",")):
-                for with_up in (True, False):
-                    report_stats(target, name, dtype, act, with_up)
+    acts = [int(act) for act in activations.split(",")]
+    found = list(find(targets.split(","), dtypes.split(","), acts))
+    figures, errors = compile_all(one for _, *both in found for one in both)
+    if errors:
+        sys.exit("\n".join(errors.values()))
+    for what, stats, without in found:
+        held = {"plain_blocks": figures[without.key].blocks}
+        print(json.dumps(what | asdict(figures[stats.key]) | held))
 
 
 if __name__ == "__main__":
