@@ -18,13 +18,15 @@ import triton
 import triton.language as tl
 
 from bench.audit import budgets, cuda
-from bench.audit.binary import Figures, load_rank
+from bench.audit.binary import Figures, load_bits, load_rank
 from bench.audit.budgets import FOLDER
+from bench.audit.cases import CASES
 from bench.audit.formulas import FORMULAS, STREAMING, nbytes
 from bench.audit.meter import apart, metered
 from bench.audit.occupancy import blocks_per_multiprocessor
 from bench.audit.run import hold
 from bench.audit.traffic import Run, meter
+from bench.audit.variants import VARIANTS
 from prunekit.measure.roofline import CARDS, predicted_bound
 from prunekit_kernels.launch import launch
 
@@ -129,9 +131,11 @@ FIGURES = Figures(
 KEY = "dual_product sm_80 bf16"
 
 
-def row(products=("dual_product",), narrow=(), **changes) -> budgets.Row:
-    case = SimpleNamespace(products=frozenset(products), narrow=dict.fromkeys(narrow, "a reason"))
-    found = SimpleNamespace(case=case, specialisation=SimpleNamespace(name="dual_product"))
+def row(products=("dual_product",), narrow=(), spilling=(), dtype="bf16", **changes) -> budgets.Row:
+    excused = {k: dict.fromkeys(v, "why") for k, v in (("narrow", narrow), ("spilling", spilling))}
+    case = SimpleNamespace(products=frozenset(products), **excused)
+    kernel = SimpleNamespace(name="dual_product")
+    found = SimpleNamespace(case=case, specialisation=kernel, dtype=dtype)
     return budgets.Row(KEY, (found,), (replace(FIGURES, **changes),))
 
 
@@ -180,7 +184,9 @@ def test_every_kernel_is_audited():
     sources = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
     kernels = set(re.findall(r"^def _(\w+)_kernel\(", sources, re.MULTILINE))
     keys = [key.split()[0] for key in budgets.read(FOLDER / "triton-3.9.json")]
-    assert kernels == set(FORMULAS) == {key.split("/")[-1] for key in keys}
+    assert (
+        kernels == set(FORMULAS) == {re.split("[/:@]", key)[-1] for key in keys if ":" not in key}
+    )
 
 
 def test_rules_that_need_no_budget():
@@ -191,6 +197,28 @@ def test_rules_that_need_no_budget():
     narrow = {"loads": {"LDG.64": 4}}
     assert budgets.absolute([row(**narrow)]) == [f"{KEY}: widest load is LDG.64, expected 128 bits"]
     assert budgets.absolute([row(narrow=("dual_product",), **narrow)]) == []
+    assert budgets.absolute([row(spilling=("dual_product",), spills=40)]) == []
+    # Products in fp32 are exact, and an excuse of one dtype is no other's.
+    assert budgets.absolute([row(dtype="fp32", mma="")]) == []
+    assert budgets.absolute([row(dtype="fp32", narrow=("dual_product fp32",), **narrow)]) == []
+    assert len(budgets.absolute([row(narrow=("dual_product fp32",), **narrow)])) == 1
+
+
+def test_every_excuse_is_needed():
+    written = budgets.read(FOLDER / "triton-3.9.json")
+    for case in CASES + VARIANTS:
+        for excused, bad in (
+            (case.spilling, lambda budget: budget["spills"] > 0),
+            (case.narrow, lambda budget: load_bits(budget["load"]) < 128),
+        ):
+            for name in excused:
+                kernel, _, dtype = name.partition(" ")
+                mine = [
+                    budget
+                    for key, budget in written.items()
+                    if key.startswith(f"{case.name}/{kernel} ") and key.endswith(dtype)
+                ]
+                assert any(map(bad, mine)), f"{case.name}: {name}"
 
 
 def test_budgets_survive_their_file(tmp_path):

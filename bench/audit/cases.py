@@ -6,7 +6,7 @@ make, and nothing here has to know a block size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +22,7 @@ from prunekit_kernels.gated_mlp_prefill import gated_mlp_prefill, gated_mlp_pref
 from prunekit_kernels.gram_update import gram_update_triton
 from prunekit_kernels.launch import recorded
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPARSITIES = (0.0, 0.20, 0.35, 0.50)
 MULTIPLE_OF = 128
 PREFILL_TOKENS = 2048
@@ -58,6 +58,7 @@ class Problem:
     model: Model
     width: int
     dtype: torch.dtype
+    act: int = SILU
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -68,13 +69,23 @@ class Problem:
         return self.empty(self.width, hidden), up, self.empty(hidden, self.width)
 
 
+def problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Yield every model at every sparsity."""
+    for model in MODELS:
+        for sparsity in SPARSITIES:
+            yield Problem(model, model.kept(sparsity), dtype)
+
+
 @dataclass(frozen=True)
 class Case:
     """An operation with its number of tokens.
 
-    ``run`` calls the host function. ``products`` names the kernels that must use tensor cores,
-    ``narrow`` those that may load less than 128 bits a thread, each with its reason. ``cost`` gives
-    bytes and FLOPs of tokens, D and F at 2 bytes an element: the floor, not what a kernel does.
+    ``run`` calls the host function. ``products`` names the kernels that must use tensor cores in
+    16-bit dtypes, ``narrow`` those that may load less than 128 bits a thread, and ``spilling``
+    those that may spill, alone or with a dtype (``grad_x fp32``), each with its reason. ``cost``
+    gives bytes and FLOPs of tokens, D and F at 2 bytes an element: the floor, not what a kernel
+    does. A ``variant`` differs from the operation as it mostly runs, in ``problems`` or in
+    ``run``; of its kernels, ``only`` those count.
     """
 
     operation: str
@@ -83,12 +94,17 @@ class Case:
     cost: Callable[[int, int, int], Cost]
     products: frozenset[str] = frozenset()
     narrow: dict[str, str] = field(default_factory=dict)
+    spilling: dict[str, str] = field(default_factory=dict)
+    variant: str = ""
+    problems: Callable[[torch.dtype], Iterable[Problem]] = problems
+    only: frozenset[str] = frozenset()
+    architectures: tuple[str, ...] = ARCHITECTURES
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
     @property
     def name(self) -> str:
-        return (
-            self.operation if self.tokens == PREFILL_TOKENS else f"{self.operation}@{self.tokens}"
-        )
+        tokens = "" if self.tokens == PREFILL_TOKENS else f"@{self.tokens}"
+        return self.operation + tokens + (f":{self.variant}" if self.variant else "")
 
 
 def _spans(tokens: int, prompts: int = 16) -> torch.Tensor:
@@ -98,29 +114,29 @@ def _spans(tokens: int, prompts: int = 16) -> torch.Tensor:
 
 def _gated_act_stats(problem: Problem, tokens: int) -> None:
     gate = problem.empty(tokens, problem.width)
-    gated_act_stats_triton(gate, torch.empty_like(gate), _spans(tokens), SILU)
+    gated_act_stats_triton(gate, torch.empty_like(gate), _spans(tokens), problem.act)
 
 
 def _prefill(problem: Problem, tokens: int) -> None:
     x = problem.empty(tokens, problem.model.hidden_size)
-    gated_mlp_prefill(x, *problem.weights(), None, None, None, SILU)
+    gated_mlp_prefill(x, *problem.weights(), None, None, None, problem.act)
 
 
 def _prefill_stats(problem: Problem, tokens: int) -> None:
     x = problem.empty(tokens, problem.model.hidden_size)
-    gated_mlp_prefill_stats(x, *problem.weights(), None, None, None, _spans(tokens), SILU)
+    gated_mlp_prefill_stats(x, *problem.weights(), None, None, None, _spans(tokens), problem.act)
 
 
 def _decode(problem: Problem, tokens: int) -> None:
     x = problem.empty(tokens, problem.model.hidden_size)
-    gated_mlp_decode(x, *problem.weights(), None, None, None, SILU)
+    gated_mlp_decode(x, *problem.weights(), None, None, None, problem.act)
 
 
 def _indexed(problem: Problem, tokens: int) -> None:
     x = problem.empty(tokens, problem.model.hidden_size)
     weights = replace(problem, width=problem.model.dense_width).weights()
     index = problem.empty(problem.width, dtype=torch.int32)
-    gated_mlp_indexed_triton(x, *weights, index, None, None, None, SILU)
+    gated_mlp_indexed_triton(x, *weights, index, None, None, None, problem.act)
 
 
 def _gram_update(problem: Problem, tokens: int) -> None:
@@ -131,7 +147,7 @@ def _gram_update(problem: Problem, tokens: int) -> None:
 def _backward(problem: Problem, tokens: int) -> None:
     x = problem.empty(tokens, problem.model.hidden_size)
     grad_y = torch.empty_like(x)
-    gated_mlp_backward(grad_y, x, *problem.weights(), None, None, SILU, (True,) * 7)
+    gated_mlp_backward(grad_y, x, *problem.weights(), None, None, problem.act, (True,) * 7)
 
 
 def _mlp_cost(t: int, d: int, f: int) -> Cost:
@@ -145,7 +161,9 @@ def _prefill_cost(t: int, d: int, f: int) -> Cost:
 
 _DUAL = frozenset({"dual_product", "down_product"})
 _DECODE = frozenset({"decode_hidden", "decode_down"})
+_BACKWARD = frozenset({"backward_hidden", "grad_x", "grad_weight"})
 _INDEXED = frozenset({"indexed_hidden", "indexed_down"})
+_SMALL = "its fp32 tiles have two elements a lane on AMD, which are whole sectors still"
 _NARROW = {"decode_combine": "64 bits a lane are whole sectors of a workspace beside the weights"}
 
 CASES = (
@@ -160,7 +178,14 @@ CASES = (
     # A single token is no matrix: sums in fp32, without tensor cores.
     Case("gated_mlp_decode", 1, _decode, _mlp_cost, narrow=_NARROW),
     Case("gated_mlp_decode", 8, _decode, _mlp_cost, _DECODE, _NARROW),
-    Case("gated_mlp_indexed", 8, _indexed, _mlp_cost, _INDEXED, _NARROW),
+    Case(
+        "gated_mlp_indexed",
+        8,
+        _indexed,
+        _mlp_cost,
+        _INDEXED,
+        {**_NARROW, "indexed_down fp32": _SMALL},
+    ),
     Case("gated_mlp_indexed", PREFILL_TOKENS, _indexed, _prefill_cost, _INDEXED),
     Case(
         "gram_update",
@@ -175,7 +200,8 @@ CASES = (
         _backward,
         # Weights and their gradients; grad_y, x and its gradient; dg, du and h written and read.
         cost=lambda t, d, f: (2 * (6 * d * f + 3 * t * d + 6 * t * f), 18 * t * d * f),
-        products=frozenset({"backward_hidden", "grad_x", "grad_weight"}),
+        products=_BACKWARD,
+        narrow={f"{kernel} fp32": _SMALL for kernel in sorted(_BACKWARD)},
     ),
 )
 
@@ -196,22 +222,17 @@ class Found:
         return f"{what} {self.specialisation.arch} {self.dtype}"
 
 
-def problems(dtype: torch.dtype) -> Iterator[Problem]:
-    for model in MODELS:
-        for sparsity in SPARSITIES:
-            yield Problem(model, model.kept(sparsity), dtype)
-
-
-def find(cases=CASES, architectures=ARCHITECTURES, dtypes=DTYPES) -> list[Found]:
+def find(cases: Iterable[Case]) -> list[Found]:
     """Return every different specialisation of the matrix, in its order."""
     found: dict[tuple[str, str], Found] = {}
-    for case in cases:
-        for arch in architectures:
-            for dtype, torch_dtype in dtypes.items():
-                for problem in problems(torch_dtype):
-                    with recorded(arch) as launches:
-                        case.run(problem, case.tokens)
-                    for launch in launches:
-                        one = Found(case, specialise(launch, arch), dtype)
-                        found.setdefault((one.key, one.specialisation.key), one)
+    for case, arch, dtype in (
+        (c, arch, dtype) for c in cases for arch in c.architectures for dtype in c.dtypes
+    ):
+        for problem in case.problems(DTYPES[dtype]):
+            with recorded(arch) as launches:
+                case.run(problem, case.tokens)
+            for launch in launches:
+                if not case.only or launch.name in case.only:
+                    one = Found(case, specialise(launch, arch), dtype)
+                    found.setdefault((one.key, one.specialisation.key), one)
     return list(found.values())

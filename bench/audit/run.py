@@ -10,8 +10,9 @@ from pathlib import Path
 import triton
 
 from bench.audit import budgets, cuda, table, traffic
-from bench.audit.cases import find
+from bench.audit.cases import CASES, find
 from bench.audit.compile import CACHE, compile_all
+from bench.audit.variants import VARIANTS
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -30,7 +31,7 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     begun = time.monotonic()
     metering = traffic.start()
-    found = find()
+    found = find(CASES + VARIANTS)
     figures, errors = compile_all((one.specialisation for one in found), options.cache)
     rows = budgets.rows(found, figures)
     gathers = cuda.rows(options.cache)

@@ -9,6 +9,7 @@ from bench.audit.binary import load_rank
 from bench.audit.budgets import Row
 from bench.audit.cases import CASES, MODELS
 from bench.audit.traffic import Result
+from bench.audit.variants import VARIANTS
 from prunekit.measure.roofline import CARDS, predicted_bound
 
 _NAMED_MODEL = MODELS[1]
@@ -84,9 +85,14 @@ def machine_code(rows: Iterable[Row]) -> str:
 
 
 def excuses() -> str:
-    """Which kernels may load less than 128 bits a thread, and why."""
-    reasons = {kernel: reason for case in CASES for kernel, reason in case.narrow.items()}
-    return "\n".join(f"may load narrowly: {kernel}, {why}" for kernel, why in reasons.items())
+    """Which kernels may load less than 128 bits a thread, which may spill, and why."""
+    reasons = {
+        f"may {what}: {kernel}, {why}": None
+        for case in CASES + VARIANTS
+        for what, kernels in (("load narrowly", case.narrow), ("spill", case.spilling))
+        for kernel, why in kernels.items()
+    }
+    return "\n".join(reasons)
 
 
 def traffic(results: Iterable[Result]) -> str:
