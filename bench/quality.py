@@ -70,7 +70,7 @@ def statistics(model, tokenizer, corpus: Corpus, path: Path) -> NeuronStats:
         stats = NeuronStats.load(path)
         if stats.provenance["corpora"][0]["hash"] == corpus.hash:
             return stats
-    stats = calibrate(model, tokenizer, corpus, gram=True, gradients=True)
+    stats = calibrate(model, tokenizer, corpus, gram=True, taylor=True)
     stats.save(path)
     return stats
 

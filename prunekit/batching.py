@@ -21,11 +21,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of similar length: ids [B, S], int64, padded on the right."""
+    """Prompts of similar length: ids [B, S], int64, padded on the right.
+
+    ``index`` has each prompt's position among those that were grouped.
+    """
 
     ids: torch.Tensor
     lengths: tuple[int, ...]
     scored: tuple[int, ...]
+    index: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -66,13 +70,15 @@ def batches(
     prompts: Sequence[Tokens], batch_tokens: int, *, pad: int | None = 0
 ) -> Iterator[Batch]:
     """Group prompts of similar length, longest first, so that B·S stays within the budget."""
-    order = sorted(prompts, key=lambda p: len(p.ids), reverse=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
     start = 0
     while start < len(order):
-        longest = max(len(order[start].ids), 1)
-        group = order[start : start + max(batch_tokens // longest, 1)]
+        longest = max(len(prompts[order[start]].ids), 1)
+        index = tuple(order[start : start + max(batch_tokens // longest, 1)])
+        group = [prompts[i] for i in index]
         ids = torch.full((len(group), longest), pad or 0, dtype=torch.int64)
         for row, prompt in zip(ids, group, strict=True):
             row[: len(prompt.ids)] = torch.tensor(prompt.ids)
-        yield Batch(ids, tuple(len(p.ids) for p in group), tuple(p.scored for p in group))
+        lengths, scored = tuple(len(p.ids) for p in group), tuple(p.scored for p in group)
+        yield Batch(ids, lengths, scored, index)
         start += len(group)

@@ -87,6 +87,7 @@ def calibrate(
     *,
     gram: bool = False,
     gradients: bool = False,
+    taylor: bool = False,
     max_length: int = 1024,
     batch_tokens: int = 2048,
     quiet: bool = False,
@@ -100,10 +101,11 @@ def calibrate(
         distractors: corpora to contrast it with, taken together as one class.
         gram: also accumulate the target's Gram matrices, 4·F² bytes an MLP, and keep its prompts'
             token ids; lstsq needs the former, sequential both.
-        gradients: also run the target backwards, for the taylor criterion and for repairs that
-            weigh errors by their effect on the loss; 4·D² bytes an MLP.
+        gradients: also run the target backwards, for criteria and repairs that weigh errors by
+            their effect on the loss; 4·D² bytes an MLP, and with gram 4 bytes a token more.
+        taylor: with the gradients of the weights too, for the criterion of that name.
         max_length: tokens of a prompt that are read.
-        batch_tokens: tokens of a batch, padding included; the backward takes prompts one by one.
+        batch_tokens: tokens of a batch, padding included.
         quiet: no progress bar.
 
     Returns:
@@ -115,7 +117,7 @@ def calibrate(
 
     Cost:
         One forward of the decoder over all tokens, without the lm_head; with gram, T·F² FLOP more.
-        With gradients, two forwards and a backward of the target more (`gradients.add_gradients`).
+        With gradients, a forward and a backward of the target more (`gradients.add_gradients`).
 
     Source:
         The statistics of arXiv 2604.27115 and of the criteria in `prunekit.criteria`.
@@ -131,7 +133,7 @@ def calibrate(
     model.eval()
     classes: dict[str, list[NeuronSums]] = {}
     record: list[dict[str, Any]] = []
-    replayed = None
+    replayed = squares = None
     try:
         for name, members in corpora.items():
             prompts = []
@@ -153,8 +155,9 @@ def calibrate(
             replayed = prompts if wanted else replayed
             recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
             _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
-            if gradients and name == "target":
-                add_gradients(model, views, prompts, recorder.sums, quiet=quiet)
+            if (gradients or taylor) and name == "target":
+                options = {"taylor": taylor, "quiet": quiet}
+                squares = add_gradients(model, views, prompts, recorder.sums, **options)
             classes[name] = [sums.finish() for sums in recorder.sums]
     finally:
         model.train(was_training)
@@ -166,7 +169,9 @@ def calibrate(
         "max_length": max_length,
         "corpora": record,
     }
-    return NeuronStats([v.name for v in views], classes, fingerprint(views), provenance, replayed)
+    names, made_of = [v.name for v in views], fingerprint(views)
+    kept = None if replayed is None else squares
+    return NeuronStats(names, classes, made_of, provenance, replayed, kept)
 
 
 def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:

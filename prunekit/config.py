@@ -35,8 +35,9 @@ class CalibrateConfig:
     output: str = option("", "file to write the statistics to", short="-o", metavar="STATS")
     gram: bool = option(False, "also gather Gram matrices, which all repairs but bias need")
     gradients: bool = option(
-        False, "also run the target backwards, which the criteria taylor and *_fisher need"
+        False, "also run the target backwards, which the criterion reconstruction_fisher needs"
     )
+    taylor: bool = option(False, "with the weights' gradients too, for the criterion taylor")
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")

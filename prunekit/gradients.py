@@ -1,30 +1,27 @@
-"""One backward pass over the target: what the loss says of every neuron, and of each MLP's output.
+"""One backward pass over the target: what the loss says of every MLP's output, and of every neuron.
 
-Only the MLPs' matrices require a gradient. Each is reduced to a number a neuron the moment it
-exists, and freed, so no more than one matrix's gradient is held whatever the model's size; each
-decoder layer computes its activations again on the way back instead of keeping them.
+Where a criterion asks for it the MLPs' matrices require a gradient too. Each is reduced to a number
+a neuron the moment it exists, and freed, so no more than one matrix's gradient is held whatever the
+model's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from prunekit import ops
-from prunekit.arch import MLPView, Slot, decoder_layers
-from prunekit.batching import Tokens
+from prunekit.arch import MLPView, Slot
+from prunekit.backward import frozen, loss_backward
+from prunekit.batching import Batch, Tokens, batches
 from prunekit.errors import InputError
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronSums
 
-# Lengths are rounded up to a multiple of this by padding on the right, which no token sees: the
-# CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
-_ROUND = 32
+BATCH_TOKENS = 1024  # of a batch that runs backwards, padding included
 
 
 def add_gradients(
@@ -33,27 +30,32 @@ def add_gradients(
     prompts: Sequence[Tokens],
     sums: list[NeuronSums],
     *,
+    taylor: bool = False,
     quiet: bool = False,
-) -> None:
-    """Fill `taylor` and `gradient_gram` of every MLP's sums from the next-token loss.
+) -> list[torch.Tensor | None]:
+    """Fill `gradient_gram` of every MLP's sums from the next-token loss, and `taylor` if asked to.
 
-    The loss is summed over a prompt's tokens. Prompts go one by one, since the absolute value in
-    `taylor` is taken of a prompt's gradient: the result depends on no batch size.
+    The loss is summed over a prompt's tokens. For `taylor` prompts go one by one, since the
+    absolute value is taken of a prompt's gradient: the result depends on no batch size.
 
     Args:
         model: a transformers causal language model, in evaluation mode.
         views: its MLPs.
         prompts: encoded; one of a single token has no next token, and adds nothing.
         sums: one an MLP, changed in place; `gradient_gram` holds its upper triangle until `finish`.
+        taylor: also gather the weights' gradients.
         quiet: no progress bar.
+
+    Returns:
+        For each MLP ‖g‖² of every token, g the gradient at its output: [T] in fp32 on the CPU, in
+        the order of the prompts; None for an expert.
 
     Raises:
         InputError: weights are offloaded or quantised, or a gradient is not finite.
 
     Cost:
-        Two forwards and a backward; 6·T·D·F FLOP more an MLP for the gradients of its matrices and
-        T·D² for the Gram matrix. 4·D² bytes an MLP (an expert), the gradient of one parameter,
-        and 8·T·V bytes of logits for a prompt of T tokens.
+        `loss_backward` and T·D² FLOP an MLP (an expert) for the Gram matrix; 4·D² bytes an MLP.
+        With taylor 6·T·D·F FLOP an MLP more, and the gradient of one parameter.
     """
     for view, mine in zip(views, sums, strict=True):
         if not view.readable:
@@ -62,36 +64,46 @@ def add_gradients(
                 "gradients need them as numbers in memory: use a smaller model, or bf16"
             )
         device = view.gate.device
-        mine.taylor = torch.zeros(view.width, dtype=torch.float64, device=device)
         mine.gradient_gram = torch.zeros(2 * view.down.shape[:1], device=device)
+        if taylor:
+            mine.taylor = torch.zeros(view.width, dtype=torch.float64, device=device)
+    squares = _run(model, views, prompts, sums, taylor, quiet)
+    _check_finite(views, sums)
+    return squares
+
+
+def output_gradients(
+    model: nn.Module, views: list[MLPView], prompts: Sequence[Tokens], *, quiet: bool = False
+) -> list[torch.Tensor | None]:
+    """What `add_gradients` returns, where nothing else is wanted of it."""
+    return _run(model, views, prompts, None, False, quiet)
+
+
+def _run(model, views, prompts, sums, taylor: bool, quiet: bool) -> list[torch.Tensor | None]:
     total = sum(len(p.ids) for p in prompts)
+    groups = list(batches(prompts, 1 if taylor else BATCH_TOKENS))
+    outputs = _Outputs(views, sums, prompts)
     with ExitStack() as stack:
-        stack.enter_context(_weights_reduced(model, views, sums))
-        stack.enter_context(_outputs_watched(views, sums))
-        stack.enter_context(checkpointed(decoder_layers(model, views)))
+        stack.enter_context(_weights_reduced(model, views, sums) if taylor else frozen(model))
+        stack.enter_context(outputs.watched())
+        largest = max(batch.ids.numel() for batch in groups)
+        backward = stack.enter_context(loss_backward(model, views, largest))
         bar = stack.enter_context(progress_bar(total, "gradients", "tok", quiet=quiet))
-        # Longest first: what later prompts need fits where earlier ones were, where any other order
-        # left the allocator with five times the memory in pieces.
-        for prompt in sorted(prompts, key=lambda p: -len(p.ids)):
-            _backward(model, prompt)
-            bar.update(len(prompt.ids))
+        # Longest first, as batches come: what later ones need fits where earlier ones were, where
+        # any other order left the allocator with five times the memory in pieces.
+        for batch in groups:
+            if batch.ids.shape[1] > 1:
+                outputs.batch = batch
+                backward(batch)
+            bar.update(batch.tokens)
+    return outputs.squares
+
+
+def _check_finite(views: list[MLPView], sums: list[NeuronSums]) -> None:
     for view, mine in zip(views, sums, strict=True):
-        if not torch.isfinite(mine.taylor).all():
+        found = [mine.gradient_gram.triu()] + ([] if mine.taylor is None else [mine.taylor])
+        if not all(torch.isfinite(values).all() for values in found):
             raise InputError(f"{view.name}: its gradients hold NaN or Inf; use bf16 or fp32")
-
-
-@torch.enable_grad()
-def _backward(model: nn.Module, prompt: Tokens) -> None:
-    if len(prompt.ids) < 2:
-        return
-    tokens = len(prompt.ids)
-    ids = torch.zeros(1, -(-tokens // _ROUND) * _ROUND, dtype=torch.int64)
-    ids[0, :tokens] = torch.tensor(prompt.ids)
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, : tokens - 1]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    wanted = ids[0, 1:tokens].to(logits.device)
-    F.cross_entropy(logits.to(wide), wanted, reduction="sum").backward()
 
 
 def _neurons(slot: Slot, tensor: torch.Tensor, width: int) -> torch.Tensor:
@@ -139,72 +151,67 @@ def _weights_reduced(
             parameter.grad = gradient
 
 
-@contextmanager
-def _outputs_watched(views: list[MLPView], sums: list[NeuronSums]) -> Iterator[None]:
-    """Inside, a backward adds Σ g gᵀ of each MLP's output gradients to `gradient_gram`."""
-    owners: dict[nn.Module, list[int]] = {}
-    for index, view in enumerate(views):
-        owners.setdefault(view.down_owner, []).append(index)
-    hooks = [
-        owner.register_forward_hook(
-            _experts_hook(views, indices, sums)
-            if views[indices[0]].kind == "experts"
-            else _output_hook(sums[indices[0]])
-        )
-        for owner, indices in owners.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+class _Outputs:
+    """The gradients at the MLPs' outputs, as the backward reaches them."""
 
+    def __init__(
+        self, views: list[MLPView], sums: list[NeuronSums] | None, prompts: Sequence[Tokens]
+    ):
+        self.views, self.sums = views, sums
+        lengths = torch.tensor([len(p.ids) for p in prompts])
+        self.starts = (lengths.cumsum(0) - lengths).tolist()
+        total = int(lengths.sum())
+        self.squares = [None if v.kind == "experts" else torch.zeros(total) for v in views]
+        self.batch: Batch | None = None
 
-def _output_hook(sums: NeuronSums) -> Callable:
-    def gather(gradient: torch.Tensor) -> None:
-        ops.gram_update(sums.gradient_gram, gradient.reshape(-1, gradient.shape[-1]))
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, a backward adds Σ g gᵀ to `gradient_gram`, and keeps ‖g‖² of each token."""
+        owners: dict[nn.Module, list[int]] = {}
+        for index, view in enumerate(self.views):
+            owners.setdefault(view.down_owner, []).append(index)
+        with ExitStack() as stack:
+            for owner, indices in owners.items():
+                expert = self.views[indices[0]].kind == "experts"
+                if expert and self.sums is None:
+                    continue
+                hook = self._experts_hook(indices) if expert else self._hook(indices[0])
+                stack.callback(owner.register_forward_hook(hook).remove)
+            yield
 
-    def watch(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(gather)
+    def _hook(self, index: int):
+        def gather(gradient: torch.Tensor) -> None:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            if self.sums is not None:
+                ops.gram_update(self.sums[index].gradient_gram, rows)
+            self._keep(index, rows.float().square().sum(-1).cpu())
 
-    return watch
+        def watch(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(gather)
 
+        return watch
 
-def _experts_hook(views: list[MLPView], indices: list[int], sums: list[NeuronSums]) -> Callable:
-    """An expert's output enters the sum by its router's weight, and so does its gradient."""
+    def _keep(self, index: int, squares: torch.Tensor) -> None:
+        batch = self.batch
+        rows = squares.view(len(batch.lengths), -1)
+        for row, prompt, length in zip(rows, batch.index, batch.lengths, strict=True):
+            start = self.starts[prompt]
+            self.squares[index][start : start + length] = row[:length]
 
-    def watch(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-        _, chosen, weights = arguments
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gather(gradient, chosen, weights.detach()))
+    def _experts_hook(self, indices: list[int]):
+        """An expert's output enters the sum by its router's weight, and so does its gradient."""
 
-    def gather(gradient: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> None:
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        for index in indices:
-            rows, choice = torch.where(chosen == views[index].expert)
-            own = gradient[rows].float() * weights[rows, choice, None].float()
-            ops.gram_update(sums[index].gradient_gram, own)
+        def watch(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+            _, chosen, weights = arguments
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gather(gradient, chosen, weights.detach()))
 
-    return watch
+        def gather(gradient: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> None:
+            gradient = gradient.reshape(-1, gradient.shape[-1])
+            for index in indices:
+                rows, choice = torch.where(chosen == self.views[index].expert)
+                own = gradient[rows].float() * weights[rows, choice, None].float()
+                ops.gram_update(self.sums[index].gradient_gram, own)
 
-
-@contextmanager
-def checkpointed(layers: list[nn.Module]) -> Iterator[None]:
-    """Inside, the layers keep their inputs alone, and run again when the backward needs more."""
-
-    def again(forward: Callable) -> Callable:
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return lambda *values, **named: checkpoint(forward, *values, **named, **options)
-
-    before = [(layer, vars(layer).get("forward")) for layer in layers]
-    try:
-        for layer, _ in before:
-            layer.forward = again(layer.forward)
-        yield
-    finally:
-        for layer, forward in before:
-            if forward is not None:
-                layer.forward = forward
-            else:
-                vars(layer).pop("forward", None)
+        return watch

@@ -41,7 +41,7 @@ _MATRICES = ("gram", "gradient_gram")
 REMEDIES = {
     "prompt_norm_sum": "these were written before prunekit kept it; calibrate again",
     "gram": "calibrate with --gram",
-    "taylor": "calibrate with --gradients",
+    "taylor": "calibrate with --taylor",
     "gradient_gram": "calibrate with --gradients",
 }
 
@@ -182,6 +182,8 @@ class NeuronStats:
         fingerprint: of the model's MLPs (`arch.fingerprint`).
         provenance: model, corpora (file, hash, prompts, tokens), dtype, token limit.
         prompts: the target's prompts as token ids, for repairs that run the model again; or None.
+        gradient_squares: for each MLP ‖g‖² of every token of the prompts, in their order, g as in
+            `gradient_gram`: fp32 [T], None for an expert. None where no gradients were gathered.
     """
 
     names: list[str]
@@ -189,6 +191,7 @@ class NeuronStats:
     fingerprint: str
     provenance: dict[str, Any] = field(default_factory=dict)
     prompts: list[Tokens] | None = None
+    gradient_squares: list[torch.Tensor | None] | None = None
 
     @property
     def target(self) -> list[NeuronSums]:
@@ -229,7 +232,11 @@ class NeuronStats:
         both = {"merged": [self.provenance, other.provenance]}
         lacking = self.prompts is None or other.prompts is None
         prompts = None if lacking else self.prompts + other.prompts
-        return NeuronStats(self.names, classes, self.fingerprint, both, prompts)
+        squares = None
+        if not lacking and self.gradient_squares and other.gradient_squares:
+            pairs = zip(self.gradient_squares, other.gradient_squares, strict=True)
+            squares = [None if a is None else torch.cat([a, b]) for a, b in pairs]
+        return NeuronStats(self.names, classes, self.fingerprint, both, prompts, squares)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
@@ -247,6 +254,9 @@ class NeuronStats:
             tensors["prompts.ids"] = torch.cat(ids)
             spans = [(len(p.ids), p.scored) for p in self.prompts]
             tensors["prompts.spans"] = torch.tensor(spans, dtype=torch.int32)
+        for i, squares in enumerate(self.gradient_squares or ()):
+            if squares is not None:
+                tensors[f"prompts.{i}.gradient_squares"] = squares
         header = {
             "names": self.names,
             "counts": counts,
@@ -281,6 +291,7 @@ class NeuronStats:
                 header["fingerprint"],
                 header["provenance"],
                 _read_prompts(tensors),
+                _read_squares(tensors, len(header["names"])),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its header and tensors do not fit together") from error
@@ -295,3 +306,8 @@ def _read_prompts(tensors: dict[str, torch.Tensor]) -> list[Tokens] | None:
         Tokens(tuple(row.tolist()), scored)
         for row, scored in zip(rows, spans[:, 1].tolist(), strict=True)
     ]
+
+
+def _read_squares(tensors: dict[str, torch.Tensor], mlps: int) -> list[torch.Tensor | None] | None:
+    found = [tensors.get(f"prompts.{i}.gradient_squares") for i in range(mlps)]
+    return None if all(squares is None for squares in found) else found

@@ -85,7 +85,7 @@ def test_prune_from_the_target_alone_repairs_by_default(capsys, tmp_path, folder
 
 def test_gradients_are_gathered_when_asked_for_or_needed(capsys, tmp_path, folder, corpus):
     stats, options = tmp_path / "s", ("--sparsity", 0.3, "--multiple-of", 16, "--quiet")
-    arguments = ("--target", corpus, "--gradients", "--quiet", "-o", stats)
+    arguments = ("--target", corpus, "--taylor", "--quiet", "-o", stats)
     status, text, _ = run(capsys, "calibrate", folder, *arguments)
     assert status == 0
     assert "loss gradients: " in text

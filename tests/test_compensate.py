@@ -7,10 +7,11 @@ import torch
 
 import prunekit as pk
 from prunekit import ops
-from prunekit.arch import decoder_layers, find_mlps
+from prunekit.arch import find_mlps
 from prunekit.batching import batches
 from prunekit.compensate import RIDGE, importance, repair, sequential
 from prunekit.compensate.regression import FLOOR, Regression
+from prunekit.compensate.sequential import _Layer
 from prunekit.errors import InputError
 from prunekit.stats import NeuronSums
 from tests.models import logits, tiny_model
@@ -140,7 +141,9 @@ def test_sequential_solves_the_second_layer_on_the_pruned_first(llama, tokenizer
         fixes = sequential(llama, views, kept, stats, quiet=True)
     ridge = chosen[-1]  # the last fit is the second layer's, on all prompts
     groups = list(batches(stats.prompts, 1024))
-    weights = importance.token_weights(llama, views, decoder_layers(llama, views), groups)[1]
+    weights = importance.token_weights(llama, views, stats)[1]
+    prompts = weights.split([len(p.ids) for p in stats.prompts])
+    weights = torch.cat([prompts[i] for batch in groups for i in batch.index])
     llama = llama.double()
     dense = second_layer(llama, groups)
     with torch.no_grad():
@@ -150,7 +153,7 @@ def test_sequential_solves_the_second_layer_on_the_pruned_first(llama, tokenizer
     y, h = dense["y"], pruned["h"][:, kept[1]]
     aim = y + 0.75 * ((dense["out"] - y) - (pruned["out"] - pruned["y"]))
     down = views[1].down.detach()[:, kept[1]]
-    w = torch.cat(weights).double()[:, None]
+    w = weights.double()[:, None]
     gram = (h * w).T @ h
     floor = FLOOR * gram.diagonal().mean()
     gram.diagonal().mul_(1 + ridge).add_(floor)
@@ -182,6 +185,43 @@ def second_layer(model, groups):
         name: torch.cat([t[mask] for t, mask in zip(many, rows, strict=True)])
         for name, many in found.items()
     }
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_calibrations_gradients_spare_the_backward(name, tokenizer, texts, monkeypatch):
+    model = tiny_model(name)
+    options = {"gram": True, "quiet": True}
+    kept = pk.plan(pk.score(None, model, "random"), 0.5, multiple_of=8).kept
+    without = pk.calibrate(model, tokenizer, texts, **options)
+    want = sequential(model, find_mlps(model), kept, without, quiet=True)
+    stats = pk.calibrate(model, tokenizer, texts, gradients=True, **options)
+    monkeypatch.setattr(importance, "output_gradients", None)
+    for mine, theirs in zip(
+        sequential(model, find_mlps(model), kept, stats, quiet=True), want, strict=True
+    ):
+        torch.testing.assert_close(mine.down, theirs.down)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_pruned_stream_is_that_of_the_pruned_model(name, tokenizer, texts, monkeypatch):
+    """What enters the last layer, and how it is called, against the model pruned for good."""
+    model = tiny_model(name)
+    stats = pk.calibrate(model, tokenizer, texts, gram=True, quiet=True)
+    plan = pk.plan(pk.score(stats, model), 0.5, multiple_of=8)
+    streams = []
+    add = _Layer.repair
+
+    def repair_and_keep(self, dense, pruned, weights, bar):
+        streams.append([h.clone() for h in pruned])
+        return add(self, dense, pruned, weights, bar)
+
+    monkeypatch.setattr(_Layer, "repair", repair_and_keep)
+    pruned = copy.deepcopy(model)
+    pk.prune(pruned, plan, stats=stats, compensate="sequential")
+    for batch, stream in zip(batches(stats.prompts, 1024), streams[-1], strict=True):
+        with torch.no_grad():
+            out = pruned(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+        torch.testing.assert_close(out.hidden_states[-2], stream, rtol=1e-4, atol=1e-4)
 
 
 def test_a_regression_is_weighted_least_squares_with_an_intercept():

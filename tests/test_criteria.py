@@ -16,7 +16,7 @@ from tests.test_stats import h_of_each_prompt
 
 @pytest.fixture
 def stats(llama, tokenizer, texts):
-    options = {"gram": True, "gradients": True, "quiet": True}
+    options = {"gram": True, "taylor": True, "quiet": True}
     return pk.calibrate(llama, tokenizer, texts[:30], [texts[30:]], **options)
 
 
@@ -135,7 +135,7 @@ def test_of_two_equal_neurons_one_stays_even_within_a_block():
 def test_reconstruction_of_a_model_is_the_greedy_order(name, criterion_name, tokenizer, texts):
     """From stored activations; where down has a bias, that takes the mean, and C is centred."""
     model = tiny_model(name, intermediate_size=32)
-    stats = pk.calibrate(model, tokenizer, texts, gram=True, gradients=True, quiet=True)
+    stats = pk.calibrate(model, tokenizer, texts, gram=True, taylor=True, quiet=True)
     prompts = h_of_each_prompt(model, tokenizer, texts)
     found = pk.score(stats, model, criterion_name)
     for i, view in enumerate(find_mlps(model)):
@@ -205,7 +205,7 @@ def test_auto_is_the_best_that_the_statistics_suffice_for(
 
 def test_an_expert_that_no_token_reached_scores_nothing(tokenizer, texts):
     model = tiny_model("mixtral")
-    stats = pk.calibrate(model, tokenizer, ["w1 w2"], gram=True, gradients=True, quiet=True)
+    stats = pk.calibrate(model, tokenizer, ["w1 w2"], gram=True, taylor=True, quiet=True)
     assert any(sums.tokens == 0 for sums in stats.target)
     for name in set(CRITERIA) - {"random", "magnitude_l2", "magnitude_ppm", "selectivity"}:
         for sums, found in zip(stats.target, pk.score(stats, model, name), strict=True):
@@ -216,7 +216,7 @@ def test_an_expert_that_no_token_reached_scores_nothing(tokenizer, texts):
     ("name", "message"),
     [
         ("reconstruction", "reconstruction: the statistics hold no gram; calibrate with --gram"),
-        ("taylor", "taylor: the statistics hold no taylor; calibrate with --gradients"),
+        ("taylor", "taylor: the statistics hold no taylor; calibrate with --taylor"),
     ],
 )
 def test_what_was_not_gathered_names_the_option(name, message, llama, tokenizer, texts):

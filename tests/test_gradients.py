@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import prunekit as pk
+from prunekit import backward
 from prunekit.arch import find_mlps
-from prunekit.batching import Tokens
+from prunekit.batching import Tokens, batches
 from prunekit.errors import InputError
 from prunekit.gradients import add_gradients
 from prunekit.stats import NeuronStats, NeuronSums
@@ -50,7 +51,7 @@ def taylor_by_autograd(model, prompts):
 def test_taylor_equals_autograd_prompt_by_prompt(architecture, tokenizer, texts):
     model = tiny_model(architecture)
     few = ["w5", *texts[:4]]
-    stats = pk.calibrate(model, tokenizer, few, gradients=True, quiet=True)
+    stats = pk.calibrate(model, tokenizer, few, taylor=True, quiet=True)
     prompts = [ids for text in few if len(ids := tokenizer(text).input_ids) > 1]
     expected = taylor_by_autograd(in_fp64(model), prompts)
     for found, want in zip(pk.score(stats, model, "taylor"), expected, strict=True):
@@ -110,12 +111,49 @@ def test_an_experts_gram_is_of_the_gradients_of_its_own_output(tokenizer, texts)
         assert torch.equal(sums.gradient_gram, sums.gradient_gram.T)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # gemma2 caps its logits
+def test_the_squares_are_each_tokens_in_the_prompts_order(
+    name, kept_bytes, tokenizer, texts, tmp_path, monkeypatch
+):
+    """Small pieces of the head and batches of several prompts give what autograd does for each."""
+    monkeypatch.setattr(backward, "_KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(backward, "_HEAD_BYTES", 4 * 100 * 5)  # five tokens of a vocabulary of 100
+    model = tiny_model(name)
+    few = ["w5", *texts[:6]]
+    stats = pk.calibrate(model, tokenizer, few, gram=True, gradients=True, quiet=True)
+    stats.save(tmp_path / "s")
+    wide, outputs, want = in_fp64(model), [], [[] for _ in stats.names]
+    for view in find_mlps(wide):
+        view.down_owner.register_forward_hook(lambda _, args, out: outputs.append(out))
+    for text in few:
+        outputs.clear()
+        ids = tokenizer(text).input_ids
+        loss = loss_of(wide, ids) if len(ids) > 1 else 0 * wide(torch.tensor([ids])).logits.sum()
+        for mine, g in zip(want, torch.autograd.grad(loss, outputs), strict=True):
+            mine.append(g[0].square().sum(-1))
+    for found in (stats, NeuronStats.load(tmp_path / "s")):
+        for squares, rows in zip(found.gradient_squares, want, strict=True):
+            torch.testing.assert_close(squares.double(), torch.cat(rows), rtol=1e-3, atol=1e-7)
+    for mine, twice in zip(
+        stats.gradient_squares, stats.merge(stats).gradient_squares, strict=True
+    ):
+        assert torch.equal(twice, mine.repeat(2))
+
+
+@pytest.mark.parametrize(("name", "bare"), [("llama", True), ("gemma2", False), ("gpt2", True)])
+def test_a_head_that_is_not_the_whole_of_the_logits_is_noticed(name, bare):
+    model = tiny_model(name, **({} if bare else {"final_logit_softcapping": 30.0}))
+    (batch,) = batches([Tokens((4, 5, 6))], 64)
+    assert (backward._bare_head(model, batch) is not None) == bare
+
+
 def test_the_model_is_left_as_it_was(llama, tokenizer, texts):
     embedding = llama.get_input_embeddings().weight
     embedding.grad = kept = torch.ones_like(embedding)
     frozen = llama.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     llama.train()
-    pk.calibrate(llama, tokenizer, texts[:3], gradients=True, quiet=True)
+    pk.calibrate(llama, tokenizer, texts[:3], taylor=True, quiet=True)
     assert embedding.grad is kept
     assert not frozen.requires_grad
     assert llama.training
@@ -137,13 +175,13 @@ def test_only_one_matrix_has_a_gradient_at_a_time(llama, monkeypatch):
     views = find_mlps(llama)
     sums = [NeuronSums.zeros(view.width, "cpu") for view in views]
     monkeypatch.setattr(torch.linalg, "vector_norm", count)
-    add_gradients(llama, views, [Tokens((4, 5, 6))], sums)
+    add_gradients(llama, views, [Tokens((4, 5, 6))], sums, taylor=True)
     assert held == [1] * 6  # three matrices in each of two layers
 
 
 def test_halves_merge_to_the_whole_and_survive_the_disk(tmp_path, llama, tokenizer, texts):
     first, second, whole = (
-        pk.calibrate(llama, tokenizer, part, gradients=True, quiet=True)
+        pk.calibrate(llama, tokenizer, part, taylor=True, quiet=True)
         for part in (texts[:5], texts[5:9], texts[:9])
     )
     first.merge(second).save(tmp_path / "s")
@@ -152,7 +190,7 @@ def test_halves_merge_to_the_whole_and_survive_the_disk(tmp_path, llama, tokeniz
         torch.testing.assert_close(a.taylor, b.taylor, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(a.gradient_gram, b.gradient_gram, rtol=1e-4, atol=1e-6)
     plain = pk.calibrate(llama, tokenizer, texts[5:9], quiet=True)
-    with pytest.raises(InputError, match=r"taylor: the statistics hold no taylor; .*--gradients"):
+    with pytest.raises(InputError, match=r"taylor: the statistics hold no taylor; .*--taylor"):
         pk.score(first.merge(plain), llama, "taylor")
 
 

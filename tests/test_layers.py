@@ -16,7 +16,7 @@ LAYERS = (
     ("prunekit_kernels",),
     ("ops",),
     ("arch", "stats", "nn", "observe", "corpus", "batching"),
-    ("gradients",),
+    ("backward", "gradients"),
     ("criteria", "plan", "compact", "compensate"),
     ("checkpoint", "calibrate"),
     ("integrations", "tasks", "evaluate", "recover", "measure"),

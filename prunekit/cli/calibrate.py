@@ -34,6 +34,7 @@ def run(config: CalibrateConfig, output: Output) -> int:
         distractors,
         gram=config.gram,
         gradients=config.gradients,
+        taylor=config.taylor,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         quiet=config.quiet,
@@ -51,7 +52,7 @@ def summary(stats: NeuronStats) -> dict:
         "mlps": len(stats.names),
         "neurons": sum(sums.token_sum.numel() for sums in stats.target),
         "gram": stats.target[0].gram is not None,
-        "gradients": stats.target[0].taylor is not None,
+        "gradients": stats.target[0].gradient_gram is not None,
         "hash": stats.hash,
         **stats.provenance,
     }

@@ -62,8 +62,9 @@ def sequential(
         InputError: the statistics hold no prompts, or weights are offloaded or quantised.
 
     Cost:
-        Four forwards of the decoder and one backward without weight gradients; T·F'² + 2·T·D·F'
-        FLOP an MLP and the solution's own. 8·T·D bytes of hidden states, two layers in fp32.
+        Two forwards of the decoder, and a backward where the statistics hold no gradients;
+        T·F'² + 4·T·D·F' FLOP an MLP and the solution's own. 8·T·D bytes of hidden states, T·F' of
+        activations in the weights' precision, two layers in fp32.
 
     Source:
         Asymmetric calibration: GPTAQ, Li et al., arXiv 2504.02692, for neurons instead of grids.
@@ -76,12 +77,17 @@ def sequential(
     was_training = model.training
     model.eval()
     try:
-        found = token_weights(model, [views[i] for i in alone], layers, groups)
-        weights = dict(zip(alone, found, strict=True))
+        found = token_weights(model, views, stats, quiet=quiet)
+        weights = {i: _by_batch(found[i], stats, groups) for i in alone}
         with _restored([views[i] for m in members for i in m]):
             return _walk(model, views, kept, stats, layers, members, weights, groups, quiet)
     finally:
         model.train(was_training)
+
+
+def _by_batch(weights: torch.Tensor, stats: NeuronStats, groups) -> list[torch.Tensor]:
+    prompts = weights.split([len(p.ids) for p in stats.prompts])
+    return [torch.cat([prompts[i] for i in batch.index]) for batch in groups]
 
 
 def _check(views: Sequence[MLPView], stats: NeuronStats) -> None:
@@ -120,7 +126,7 @@ def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _walk(model, views, kept, stats, layers, members, weights, groups, quiet):
-    calls = [record_calls(model, layers, batch) for batch in groups]
+    calls = record_calls(model, layers, groups)
     dense = [call.hidden for call in calls]
     pruned = list(dense)
     repairs: list[Repair | None] = [None] * len(views)
@@ -131,18 +137,23 @@ def _walk(model, views, kept, stats, layers, members, weights, groups, quiet):
                 i = inside[0]
                 step = _Layer(layer, number, views[i], kept[i].long(), calls)
                 repairs[i] = step.repair(dense, pruned, weights[i], bar)
+                _install(views[i], kept[i].long(), repairs[i])
+                step.move_on(pruned)
             else:
                 for i in inside:
                     if stats.target[i].tokens:
                         repairs[i] = lstsq(views[i], stats.target[i], kept[i].long())
-                with in_fp32(layer):
-                    dense[:] = [c.run(layer, number, x) for c, x in zip(calls, dense, strict=True)]
+                _run_on(layer, number, calls, dense)
                 bar.update(sum(batch.tokens for batch in groups))
-            for i in inside:
-                _install(views[i], kept[i].long(), repairs[i])
-            with in_fp32(layer):
-                pruned[:] = [c.run(layer, number, x) for c, x in zip(calls, pruned, strict=True)]
+                for i in inside:
+                    _install(views[i], kept[i].long(), repairs[i])
+                _run_on(layer, number, calls, pruned)
     return repairs
+
+
+def _run_on(layer: nn.Module, number: int, calls: list[Calls], hidden: list[torch.Tensor]) -> None:
+    with in_fp32(layer):
+        hidden[:] = [c.run(layer, number, x) for c, x in zip(calls, hidden, strict=True)]
 
 
 def _install(view: MLPView, kept: torch.Tensor, repair: Repair | None) -> None:
@@ -161,11 +172,15 @@ class _Layer:
     def __init__(self, layer, number: int, view: MLPView, kept: torch.Tensor, calls: list[Calls]):
         self.layer, self.number, self.view, self.calls = layer, number, view, calls
         self.kept = kept.to(view.down.device)
+        # As the products take it: fp32 is rounded to bf16 there where the weights are bf16.
+        self.dtype = torch.bfloat16 if view.down.dtype == torch.bfloat16 else torch.float32
+        self.activations: list[torch.Tensor] = []  # [B·S, F'] in the pruned model, if it is enough
 
     def repair(self, dense, pruned, weights, bar) -> Repair | None:
         """Solve for this layer's down projection, and move the dense stream on past it."""
         with in_fp32(self.layer), watched(self.view.down_owner) as seen:
-            blend = BLEND if self._adds(pruned[-1]) else 0.0
+            adds = self._adds(pruned[-1])
+            blend = BLEND if adds else 0.0
             down, bias = self.view.down[:, self.kept], self.view.down_bias
             device = down.device
             problem = Regression(*down.shape, device, intercept=bias is not None)
@@ -177,9 +192,12 @@ class _Layer:
                     aim = aim + blend * (_rows(out, rows) - aim)
                 dense[b] = out
                 out = call.run(self.layer, self.number, pruned[b])
-                if blend:
-                    aim = aim - blend * (_rows(out, rows) - seen["y"][rows])
-                h = seen["h"][rows][:, self.kept].float()
+                h = seen["h"][:, self.kept]
+                if adds:
+                    pruned[b] = out - seen["y"].view(out.shape)
+                    aim = aim - blend * _rows(pruned[b], rows)
+                    self.activations.append(h.to(self.dtype))
+                h = h[rows].float()
                 error = aim - torch.nn.functional.linear(h, down, bias)
                 problem.add(h, error, weights[b].to(device), held_out=b % HELD_OUT == 0)
                 bar.update(int(rows.sum()))
@@ -190,6 +208,17 @@ class _Layer:
         change, shift = solution
         new = down.double().cpu() + change
         return Repair(new, None if bias is None else bias.double().cpu() + shift)
+
+    def move_on(self, pruned: list[torch.Tensor]) -> None:
+        """Move the pruned stream past the layer, whose down projection is now repaired."""
+        if not self.activations:
+            _run_on(self.layer, self.number, self.calls, pruned)
+            return
+        with in_fp32(self.layer):
+            down, bias = self.view.down[:, self.kept], self.view.down_bias
+            for b, h in enumerate(self.activations):
+                pruned[b] += torch.nn.functional.linear(h.float(), down, bias).view(pruned[b].shape)
+        self.activations.clear()
 
     def _adds(self, hidden: torch.Tensor) -> bool:
         """Whether what the layer gives moves by just as much as its MLP's output does."""

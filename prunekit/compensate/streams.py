@@ -53,8 +53,20 @@ class _Wide:
 
 
 @torch.no_grad()
-def record_calls(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) -> Calls:
-    """Run the dense decoder once and keep how it calls its layers."""
+def record_calls(
+    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch]
+) -> list[Calls]:
+    """Run the dense decoder over each batch and keep how it calls its layers.
+
+    What a layer is called with beside its hidden states seldom depends on them. Whether it does
+    here, the first batch tells; if not, layers hand on what they get, and cost nothing.
+    """
+    calls = [_record(model, layers, batches[0], idle=False)]
+    idle = _equal(calls[0].rest, _record(model, layers, batches[0], idle=True).rest)
+    return calls + [_record(model, layers, batch, idle=idle) for batch in batches[1:]]
+
+
+def _record(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, *, idle: bool) -> Calls:
     device = next(model.parameters()).device
     calls = Calls(torch.empty(0), batch.counted().to(device))
     wide = _Wide()
@@ -70,8 +82,40 @@ def record_calls(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) ->
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            if idle:
+                stack.enter_context(_idle(layer))
         decoder_of(model)(input_ids=batch.ids.to(device), use_cache=False)
     return calls
+
+
+@contextmanager
+def _idle(layer: nn.Module) -> Iterator[None]:
+    """Inside, a layer gives back the hidden states it is called with."""
+    before = vars(layer).get("forward")
+
+    def forward(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        return hidden_states
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one is other or one == other
 
 
 @contextmanager

@@ -133,23 +133,34 @@ def elimination_order(
 def _eliminate(products: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
     """Eliminate ``count`` of a pool's neurons one by one; their positions, the first one first.
 
+    What the steps change in both matrices is kept as the vectors it is made of; a step computes the
+    row it needs and the diagonals.
+
     Args:
         products: [P, P], WᵀMW of the pool. inverse: [P, P], its part of C⁻¹.
+
+    Cost:
+        6·P·count² FLOP.
     """
     # On the CPU: each step is small, and picks a minimum that the next one waits for.
     device, products, inverse = products.device, products.cpu(), inverse.cpu()
-    gone = torch.zeros(products.shape[0], dtype=torch.bool)
+    size = products.shape[0]
+    costs, spread = products.diagonal().clone(), inverse.diagonal().clone()
+    # C⁻¹ is inverse - rootsᵀ·roots now, and WᵀMW is products - pullsᵀ·shares - sharesᵀ·pulls
+    roots, pulls, shares = (products.new_zeros(count, size) for _ in range(3))
+    gone = torch.zeros(size, dtype=torch.bool)
     order = []
-    for _ in range(count):
-        saliency = products.diagonal() / inverse.diagonal()
-        i = int(saliency.masked_fill(gone, torch.inf).argmin())
+    for step in range(count):
+        saliency = costs / spread
+        i = int(saliency.masked_fill_(gone, torch.inf).argmin())
         order.append(i)
         gone[i] = True
+        row = inverse[i] - roots[:step, i] @ roots[:step]
         # What the pool's columns become when they repair the loss of w_i: W - w_i·shareᵀ
-        share = inverse[i] / inverse[i, i]
-        cross = torch.outer(products[:, i], share)
-        own = products[i, i] * torch.outer(share, share)
-        products = products - cross - cross.T + own
-        inverse = inverse - torch.outer(inverse[i], share)
-        inverse[i, i] = 1  # the rest of its row and column is 0 now, and stays so
+        share = row / row[i]
+        pull = products[i] - shares[:step, i] @ pulls[:step] - pulls[:step, i] @ shares[:step]
+        pull -= pull[i].clone() / 2 * share
+        roots[step], pulls[step], shares[step] = row / row[i].sqrt(), pull, share
+        costs -= 2 * pull * share
+        spread -= row * share
     return torch.tensor(order, device=device)

@@ -1,0 +1,150 @@
+"""The loss of prompts run backwards, within bounds of memory: what all gradients here come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from prunekit.arch import MLPView, decoder_layers, decoder_of
+from prunekit.batching import Batch
+
+# Lengths are rounded up to a multiple of this by padding on the right, which no token sees: the
+# CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
+_ROUND = 32
+_HEAD_BYTES = 1 << 26  # of fp32 logits at a time
+_KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
+
+
+def padded(batch: Batch) -> torch.Tensor:
+    """A batch's ids, [B, S], S a multiple of 32."""
+    return F.pad(batch.ids, (0, -batch.ids.shape[1] % _ROUND))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter requires a gradient."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def loss_backward(
+    model: nn.Module, views: Sequence[MLPView], batch_tokens: int
+) -> Iterator[Callable[[Batch], None]]:
+    """Inside, a function that runs a batch forwards and its next-token loss backwards.
+
+    The loss is summed over all tokens of the prompts. Where the model's logits are what its head
+    gives for the decoder's output, loss and gradient are computed some tokens at a time and never
+    lie in memory as a whole; where they are more (capped, scaled), they do.
+
+    Args:
+        model: a transformers causal language model, in evaluation mode.
+        views: its MLPs.
+        batch_tokens: of the largest batch: whether the layers' activations fit in 1 GB; if not,
+            each layer keeps its inputs alone, and runs again when the backward needs more.
+
+    Cost:
+        A forward and a backward (with weights frozen 4 FLOP a parameter and token), and another
+        forward where activations do not fit.
+    """
+    layers = decoder_layers(model, list(views))
+    with ExitStack() as stack:
+        if batch_tokens * _kept_bytes(views) > _KEPT_BYTES:
+            stack.enter_context(_checkpointed(layers))
+        embeddings = model.get_input_embeddings()
+        stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        head: list[nn.Module | None] = []
+
+        @torch.enable_grad()
+        def run(batch: Batch) -> None:
+            if not head:
+                head.append(_bare_head(model, batch))
+            ids = padded(batch).to(embeddings.weight.device)
+            labels = _labels(batch, ids)
+            if head[0] is None:
+                logits = model(input_ids=ids, use_cache=False).logits
+                _summed(logits[labels != -100], labels[labels != -100]).backward()
+                return
+            hidden = decoder_of(model)(input_ids=ids, use_cache=False)[0]
+            hidden.backward(_through_head(head[0], hidden.detach(), labels))
+
+        yield run
+
+
+def _kept_bytes(views: Sequence[MLPView]) -> int:
+    """What a token leaves behind in all layers: four of width F, and about 16 of D."""
+    layers = {view.layer: view.down.shape[0] for view in views}
+    size = views[0].gate.element_size()
+    return size * (4 * sum(view.width for view in views) + 16 * sum(layers.values()))
+
+
+def _labels(batch: Batch, ids: torch.Tensor) -> torch.Tensor:
+    """The token that each position is to predict, [B, S]; -100 where there is none."""
+    positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    known = positions < torch.tensor(batch.lengths, device=ids.device)[:, None]
+    return ids.roll(-1, dims=1).masked_fill(~known, -100)
+
+
+def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), labels.to(logits.device), reduction="sum")
+
+
+def _through_head(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss's gradient with respect to the decoder's output: [B, S, D]."""
+    gradient = torch.zeros_like(hidden)
+    labels = labels.to(hidden.device)
+    rows = max(_HEAD_BYTES // (4 * head.weight.shape[0]), 1)
+    for chosen in (labels != -100).flatten().nonzero().flatten().split(rows):
+        part = hidden.flatten(0, 1)[chosen].requires_grad_()
+        _summed(head(part), labels.flatten()[chosen]).backward()
+        gradient.flatten(0, 1)[chosen] = part.grad
+    return gradient
+
+
+@torch.no_grad()
+def _bare_head(model: nn.Module, batch: Batch) -> nn.Module | None:
+    """The model's head if its logits are what the head gives for the decoder's output."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return None
+    ids = batch.ids[:1, :8].to(model.get_input_embeddings().weight.device)
+    want = model(input_ids=ids, use_cache=False).logits
+    got = head(decoder_of(model)(input_ids=ids, use_cache=False)[0])
+    return head if torch.equal(got.to(want), want) else None
+
+
+def _require_gradient(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+@contextmanager
+def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the layers keep their inputs alone, and run again when the backward needs more."""
+
+    def again(forward: Callable) -> Callable:
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return lambda *values, **named: checkpoint(forward, *values, **named, **options)
+
+    before = [(layer, vars(layer).get("forward")) for layer in layers]
+    try:
+        for layer, _ in before:
+            layer.forward = again(layer.forward)
+        yield
+    finally:
+        for layer, forward in before:
+            if forward is not None:
+                layer.forward = forward
+            else:
+                vars(layer).pop("forward", None)
