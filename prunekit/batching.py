@@ -13,10 +13,17 @@ from prunekit.corpus import Corpus
 
 @dataclass(frozen=True)
 class Tokens:
-    """One encoded prompt; ``scored`` is the first token that belongs to the completion."""
+    """One encoded prompt.
+
+    Attributes:
+        ids: its tokens.
+        scored: the first token that belongs to the completion.
+        weight: what each of its tokens counts where errors are weighed (`contrast`).
+    """
 
     ids: tuple[int, ...]
     scored: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Batch:
     ids: torch.Tensor
     lengths: tuple[int, ...]
     scored: tuple[int, ...]
+    weights: tuple[float, ...]
 
     @property
     def tokens(self) -> int:
@@ -36,6 +44,10 @@ class Batch:
         """[B·S], bool: which rows of the flattened batch are tokens and not padding."""
         positions = torch.arange(self.ids.shape[1])
         return (positions < torch.tensor(self.lengths)[:, None]).flatten()
+
+    def token_weights(self) -> torch.Tensor:
+        """[T], fp32: the weight of every token that is not padding."""
+        return torch.tensor(self.weights).repeat_interleave(torch.tensor(self.lengths))
 
     def spans(self) -> torch.Tensor:
         """[B, 2], int64: where each prompt's tokens lie in the flattened batch."""
@@ -74,5 +86,6 @@ def batches(
         ids = torch.full((len(group), longest), pad or 0, dtype=torch.int64)
         for row, prompt in zip(ids, group, strict=True):
             row[: len(prompt.ids)] = torch.tensor(prompt.ids)
-        yield Batch(ids, tuple(len(p.ids) for p in group), tuple(p.scored for p in group))
+        rows = zip(*((len(p.ids), p.scored, p.weight) for p in group), strict=True)
+        yield Batch(ids, *rows)
         start += len(group)

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunekit import ops
 from prunekit.arch import MLPView, decoder_of, find_mlps, fingerprint
-from prunekit.batching import Batch, batches, encode
+from prunekit.batching import Batch, Tokens, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
 from prunekit.files import digest
@@ -87,6 +87,7 @@ def calibrate(
     *,
     gram: bool = False,
     gradients: bool = False,
+    off_task: bool = False,
     max_length: int = 1024,
     batch_tokens: int = 2048,
     quiet: bool = False,
@@ -102,6 +103,8 @@ def calibrate(
             token ids; lstsq needs the former, sequential both.
         gradients: also run the target backwards, for the taylor criterion and for repairs that
             weigh errors by their effect on the loss; 4·D² bytes an MLP.
+        off_task: gather all this of the distractors too, so that `contrast.weigh` can keep a share
+            of what they need.
         max_length: tokens of a prompt that are read.
         batch_tokens: tokens of a batch, padding included; the backward takes prompts one by one.
         quiet: no progress bar.
@@ -116,6 +119,7 @@ def calibrate(
     Cost:
         One forward of the decoder over all tokens, without the lm_head; with gram, T·F² FLOP more.
         With gradients, two forwards and a backward of the target more (`gradients.add_gradients`).
+        With off_task, all that for the distractors too.
 
     Source:
         The statistics of arXiv 2604.27115 and of the criteria in `prunekit.criteria`.
@@ -131,7 +135,7 @@ def calibrate(
     model.eval()
     classes: dict[str, list[NeuronSums]] = {}
     record: list[dict[str, Any]] = []
-    replayed = None
+    replayed: dict[str, list[Tokens]] = {}
     try:
         for name, members in corpora.items():
             prompts = []
@@ -149,11 +153,13 @@ def calibrate(
                         "tokens": sum(len(p.ids) for p in encoded),
                     }
                 )
-            wanted = gram and name == "target"
-            replayed = prompts if wanted else replayed
+            whole = off_task or name == "target"
+            wanted = gram and whole
+            if wanted:
+                replayed[name] = prompts
             recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
             _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
-            if gradients and name == "target":
+            if gradients and whole:
                 add_gradients(model, views, prompts, recorder.sums, quiet=quiet)
             classes[name] = [sums.finish() for sums in recorder.sums]
     finally:
@@ -166,7 +172,14 @@ def calibrate(
         "max_length": max_length,
         "corpora": record,
     }
-    return NeuronStats([v.name for v in views], classes, fingerprint(views), provenance, replayed)
+    return NeuronStats(
+        [v.name for v in views],
+        classes,
+        fingerprint(views),
+        provenance,
+        replayed.get("target"),
+        replayed.get("distractor"),
+    )
 
 
 def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:

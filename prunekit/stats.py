@@ -52,7 +52,7 @@ class NeuronSums:
 
     Attributes:
         prompts: how many prompts reached this MLP (for an expert: sent it a token).
-        tokens: how many tokens did.
+        tokens: how many tokens did; both are whole numbers unless `scaled`.
         prompt_sum, prompt_square_sum: fp64, over prompts, of a = mean over its tokens of abs h.
         token_sum, token_abs_sum, token_square_sum: fp64, over tokens, of h, abs h, h².
         active: fp64, tokens whose gate was open (gate > 0).
@@ -66,8 +66,8 @@ class NeuronSums:
             this MLP's output; or None; symmetric.
     """
 
-    prompts: int
-    tokens: int
+    prompts: float
+    tokens: float
     prompt_sum: torch.Tensor
     prompt_square_sum: torch.Tensor
     token_sum: torch.Tensor
@@ -132,6 +132,17 @@ class NeuronSums:
             **optional,
         )
 
+    def scaled(self, weight: float) -> NeuronSums:
+        """The statistics of the same prompts, each of them counted ``weight`` times."""
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        return NeuronSums(
+            prompts=weight * self.prompts,
+            tokens=weight * self.tokens,
+            **{name: weight * getattr(self, name) for name in _SUMS},
+            max_abs=self.max_abs,
+            **{n: None if value is None else weight * value for n, value in optional.items()},
+        )
+
     def finish(self) -> NeuronSums:
         """Move to the CPU and mirror the Gram matrices, in place: the end of a calibration."""
         for name in (*_SUMS, "max_abs", *_OPTIONAL):
@@ -182,6 +193,7 @@ class NeuronStats:
         fingerprint: of the model's MLPs (`arch.fingerprint`).
         provenance: model, corpora (file, hash, prompts, tokens), dtype, token limit.
         prompts: the target's prompts as token ids, for repairs that run the model again; or None.
+        distractor_prompts: the distractor's, where they are to weigh in (`contrast`).
     """
 
     names: list[str]
@@ -189,6 +201,7 @@ class NeuronStats:
     fingerprint: str
     provenance: dict[str, Any] = field(default_factory=dict)
     prompts: list[Tokens] | None = None
+    distractor_prompts: list[Tokens] | None = None
 
     @property
     def target(self) -> list[NeuronSums]:
@@ -227,9 +240,14 @@ class NeuronStats:
                 many if mine is None else [a.merge(b) for a, b in zip(mine, many, strict=True)]
             )
         both = {"merged": [self.provenance, other.provenance]}
-        lacking = self.prompts is None or other.prompts is None
-        prompts = None if lacking else self.prompts + other.prompts
-        return NeuronStats(self.names, classes, self.fingerprint, both, prompts)
+        prompts = [
+            None if mine is None or theirs is None else mine + theirs
+            for mine, theirs in (
+                (self.prompts, other.prompts),
+                (self.distractor_prompts, other.distractor_prompts),
+            )
+        ]
+        return NeuronStats(self.names, classes, self.fingerprint, both, *prompts)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
@@ -242,11 +260,8 @@ class NeuronStats:
                     value = getattr(s, key)
                     if value is not None:
                         tensors[f"{name}.{i}.{key}"] = value
-        if self.prompts is not None:
-            ids = [torch.tensor(p.ids, dtype=torch.int32) for p in self.prompts]
-            tensors["prompts.ids"] = torch.cat(ids)
-            spans = [(len(p.ids), p.scored) for p in self.prompts]
-            tensors["prompts.spans"] = torch.tensor(spans, dtype=torch.int32)
+        tensors |= _prompt_tensors("prompts", self.prompts)
+        tensors |= _prompt_tensors("distractor_prompts", self.distractor_prompts)
         header = {
             "names": self.names,
             "counts": counts,
@@ -280,17 +295,26 @@ class NeuronStats:
                 classes,
                 header["fingerprint"],
                 header["provenance"],
-                _read_prompts(tensors),
+                _read_prompts("prompts", tensors),
+                _read_prompts("distractor_prompts", tensors),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its header and tensors do not fit together") from error
 
 
-def _read_prompts(tensors: dict[str, torch.Tensor]) -> list[Tokens] | None:
-    if "prompts.ids" not in tensors:
+def _prompt_tensors(name: str, prompts: list[Tokens] | None) -> dict[str, torch.Tensor]:
+    if prompts is None:
+        return {}
+    ids = torch.cat([torch.tensor(p.ids, dtype=torch.int32) for p in prompts])
+    spans = torch.tensor([(len(p.ids), p.scored) for p in prompts], dtype=torch.int32)
+    return {f"{name}.ids": ids, f"{name}.spans": spans}
+
+
+def _read_prompts(name: str, tensors: dict[str, torch.Tensor]) -> list[Tokens] | None:
+    if f"{name}.ids" not in tensors:
         return None
-    spans = tensors["prompts.spans"]
-    rows = tensors["prompts.ids"].split(spans[:, 0].tolist())
+    spans = tensors[f"{name}.spans"]
+    rows = tensors[f"{name}.ids"].split(spans[:, 0].tolist())
     return [
         Tokens(tuple(row.tolist()), scored)
         for row, scored in zip(rows, spans[:, 1].tolist(), strict=True)

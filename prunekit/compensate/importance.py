@@ -34,8 +34,8 @@ def token_weights(
         batches: prompts; the loss is that of their completions (`Tokens.scored`).
 
     Returns:
-        For each view, for each batch, [T] in fp32 over the tokens that are no padding, mean 1 over
-        all batches.
+        For each view, for each batch, [T] in fp32 over the tokens that are no padding: mean 1 over
+        all batches, times the weight of each token's prompt.
 
     Cost:
         Two forwards and a backward without weight gradients; 4·T·L bytes.
@@ -49,7 +49,11 @@ def token_weights(
         for batch in batches:
             for squares, rows in zip(found, _squares(model, views, batch), strict=True):
                 squares.append(rows)
-    return [_weigh(squares) for squares in found]
+    own = [batch.token_weights() for batch in batches]
+    return [
+        [w * mine.to(w.device) for w, mine in zip(_weigh(squares), own, strict=True)]
+        for squares in found
+    ]
 
 
 def _require_gradient(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
