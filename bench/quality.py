@@ -12,12 +12,13 @@ import argparse
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from statistics import mean
 
 from prunekit.calibrate import calibrate
+from prunekit.contrast import against
 from prunekit.corpus import Corpus, read_corpus
 from prunekit.criteria import CRITERIA
 from prunekit.evaluate import evaluate_loss
@@ -84,9 +85,7 @@ def contrasted(task: str, found: dict[str, NeuronStats]) -> NeuronStats:
     others = [stats for name, stats in found.items() if name != task]
     if not others:
         return found[task]
-    distractor = reduce(NeuronStats.merge, others)
-    classes = {"target": found[task].target, "distractor": distractor.target}
-    return replace(found[task], classes=classes, distractor_prompts=distractor.prompts)
+    return against(found[task], reduce(NeuronStats.merge, others))
 
 
 def measured(path: Path) -> Iterator[dict]:

@@ -41,7 +41,7 @@ SHAPE = {
 }
 STEPS = 600
 LENGTH, BATCH, RATE, WARMUP = 256, 8, 3e-3, 100
-PROMPT = 1200  # characters of a prompt
+PROMPT = 600  # characters of a prompt
 CALIBRATION, HELD_OUT = 192, 80
 SPARSITIES = (0.2, 0.35, 0.5)
 DEFAULT = "prunekit's default"
@@ -206,7 +206,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.getLogger("prunekit").setLevel(logging.ERROR)
     folder = trained(options.cache, options.steps)
-    model, tokenizer = load(str(folder)), load_tokenizer(str(folder))
+    model, tokenizer = load(str(folder), dtype="bf16"), load_tokenizer(str(folder))
     seen, unseen = split()
     target = prompts(seen, CALIBRATION, "the standard library, calibration")
     held_out = prompts(unseen, HELD_OUT, "the standard library, held out")

@@ -20,6 +20,35 @@ def check_keep_off_task(keep_off_task: float) -> None:
         raise InputError(f"keep_off_task: got {keep_off_task}; expected a weight from 0 to 1")
 
 
+def against(stats: NeuronStats, distractor: NeuronStats) -> NeuronStats:
+    """The statistics of one task with those of another task as its distractor.
+
+    Each is a calibration of its own, of one model, so a task is calibrated once whatever it is
+    contrasted with.
+
+    Args:
+        stats: its target stays the target.
+        distractor: its target becomes the distractor.
+
+    Raises:
+        InputError: they were taken on two models.
+    """
+    if stats.fingerprint != distractor.fingerprint:
+        raise InputError("contrast: the two calibrations were taken on two different models")
+    seen = [
+        corpus | {"class": name}
+        for name, found in (("target", stats), ("distractor", distractor))
+        for corpus in found.provenance.get("corpora", [])
+        if corpus["class"] == "target"
+    ]
+    return replace(
+        stats,
+        classes={"target": stats.target, "distractor": distractor.target},
+        provenance=stats.provenance | {"corpora": seen},
+        distractor_prompts=distractor.prompts,
+    )
+
+
 def weigh(stats: NeuronStats, keep_off_task: float) -> NeuronStats:
     """Statistics whose target is the target with the distractor mixed in.
 
@@ -29,7 +58,8 @@ def weigh(stats: NeuronStats, keep_off_task: float) -> NeuronStats:
     model again.
 
     Args:
-        stats: with both classes, calibrated with ``off_task=True`` where there are Gram matrices.
+        stats: with both classes, from ``calibrate(off_task=True)`` or `against` where there are
+            Gram matrices. Loss gradients that the distractor lacks are left out.
         keep_off_task: 0 spends the off-task ability freely: the statistics come back as they are;
             1 holds the distractor as dear as the target.
 

@@ -9,7 +9,8 @@ import prunekit as pk
 from prunekit.arch import decoder_layers, find_mlps
 from prunekit.batching import Tokens, batches
 from prunekit.compensate.importance import token_weights
-from prunekit.contrast import weigh
+from prunekit.contrast import against, weigh
+from prunekit.criteria.auto import resolved
 from prunekit.errors import InputError
 from tests.models import tiny_model
 
@@ -88,6 +89,30 @@ def test_the_knob_trades_the_targets_loss_for_the_distractors(
     spent, kept = errors(0.0), errors(1.0)
     assert spent[0] < 0.97 * kept[0]
     assert kept[1] < 0.8 * spent[1]
+
+
+def test_two_calibrations_are_one_of_both_tasks(llama, tokenizer, tasks, stats):
+    alone = [
+        pk.calibrate(llama, tokenizer, texts, gram=True, gradients=True, quiet=True)
+        for texts in tasks
+    ]
+    both = against(*alone)
+    assert both.hash == stats.hash
+    assert weigh(both, 0.5).hash == weigh(stats, 0.5).hash
+    assert (both.prompts, both.distractor_prompts) == (stats.prompts, stats.distractor_prompts)
+    other = pk.calibrate(tiny_model("qwen2"), tokenizer, tasks[1], quiet=True)
+    other.fingerprint = "another"
+    with pytest.raises(InputError, match="taken on two different models"):
+        against(alone[0], other)
+
+
+def test_gradients_that_only_the_target_has_are_left_out(llama, tokenizer, tasks):
+    """The default criterion, which weighs errors by them, then gives way to wanda."""
+    target = pk.calibrate(llama, tokenizer, tasks[0], gram=True, gradients=True, quiet=True)
+    mixed = weigh(against(target, pk.calibrate(llama, tokenizer, tasks[1], gram=True)), 0.5)
+    assert mixed.target[0].gradient_gram is None
+    assert resolved("auto", mixed, repaired=True) == "wanda"
+    assert resolved("auto", target, repaired=True) == "reconstruction_fisher"
 
 
 def test_without_the_knob_nothing_changes(stats):
