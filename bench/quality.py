@@ -3,7 +3,7 @@
 A task is a JSONL file of `prompt` + `completion`: its first rows calibrate, its last are held out.
 One calibration a task serves every cell; the other tasks' are its distractors. Cells go to
 OUT/results.jsonl as they are measured, and a second run goes on where the first stopped;
-OUT/quality.md and one plot a task are made from it.
+OUT/quality.md and one plot a task are made from it, and put into the docs by --docs FOLDER.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import reduce
@@ -34,6 +35,7 @@ KNEES = ("selectivity + none", "fluctuation + bias", "reconstruction_fisher + se
 NOT_HERE = ("auto",)  # another's name
 SLOW = ("sequential",)  # a minute a cell: only for the criteria that come close
 CLOSE = ("reconstruction_fisher", "reconstruction", "wanda")
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 PLOTTED = (
     ("reconstruction_fisher", "sequential"),
     ("wanda", "lstsq"),
@@ -201,6 +203,16 @@ def plot(cells: list[dict]) -> str:
     return loss_by_sparsity({name: points for name, points in lines.items() if points}, dense)
 
 
+def into_docs(folder: Path, text: str) -> None:
+    """Put the table and the knees between the markers of quality.md."""
+    path = folder / "quality.md"
+    head, _, rest = path.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{path}: has no {BEGIN} ... {END}")
+    path.write_text(f"{head}{BEGIN}\n{text}{END}{tail}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     every = [name for name in sorted(CRITERIA) if name not in NOT_HERE]
@@ -213,6 +225,7 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--calibration", type=int, default=192, help="rows")
     parser.add_argument("--held-out", type=int, default=80, help="rows")
+    parser.add_argument("--docs", type=Path, help="folder of quality.md, whose table is replaced")
     options = parser.parse_args()
     if len(options.task) < 2:  # nothing to contrast with
         options.criterion = [c for c in options.criterion if "distractor" not in CRITERIA[c].needs]
@@ -226,6 +239,10 @@ def main() -> None:
     (options.out / "quality.md").write_text(text)
     for task in tasks:
         (options.out / f"{task}.svg").write_text(plot([c for c in cells if c["task"] == task]))
+    if options.docs:
+        into_docs(options.docs, text)
+        for task in tasks:
+            shutil.copy(options.out / f"{task}.svg", options.docs / f"quality-{task}.svg")
     print(text)
 
 
