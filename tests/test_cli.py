@@ -109,7 +109,9 @@ def test_a_share_of_the_off_task_ability_is_kept_and_its_price_told(
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     both = ("--target", corpus, "--distractor", other)
     options = ("--sparsity", 0.3, "--multiple-of", 16, "--quiet", "--keep-off-task", 0.5)
-    assert run(capsys, "prune", folder, *both, *options, "-o", tmp_path / "a")[0] == 0
+    status, text, _ = run(capsys, "prune", folder, *both, *options, "-o", tmp_path / "a")
+    assert status == 0
+    assert f"prunekit eval {tmp_path / 'a'} --baseline {folder} --data" in text
     wanted = ("--gram", "--gradients", "--off-task", "--quiet", "-o", stats)
     assert run(capsys, "calibrate", folder, *both, *wanted)[0] == 0
     assert run(capsys, "prune", folder, "--stats", stats, *options, "-o", tmp_path / "b")[0] == 0

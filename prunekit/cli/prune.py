@@ -102,6 +102,11 @@ def run(config: PruneConfig, output: Output) -> int:
         f"pruned in {seconds:.1f} s\n"
         f"saved {folder}: loads with transformers' AutoModelForCausalLM.from_pretrained"
     )
+    if config.distractor or config.keep_off_task:
+        output.line(
+            "what both tasks lost, on rows held out: "
+            f"prunekit eval {folder} --baseline {config.model} --data TASK OTHER"
+        )
     output.json(facts)
     return 0
 
