@@ -38,6 +38,9 @@ class CalibrateConfig:
         False, "also run the target backwards, which the criterion reconstruction_fisher needs"
     )
     taylor: bool = option(False, "with the weights' gradients too, for the criterion taylor")
+    off_task: bool = option(
+        False, "gather all this of the distractor too, which prune's --keep-off-task needs"
+    )
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
@@ -54,6 +57,11 @@ class PruneConfig:
     sparsity: float = option(0.0, "fraction of the MLP neurons to remove, between 0 and 1")
     target: tuple[str, ...] = option((), f"corpus of the task to keep: {_CORPUS}", metavar="FILE")
     distractor: tuple[str, ...] = option((), "corpus to contrast it with", metavar="FILE")
+    keep_off_task: float = option(
+        0.0,
+        "weight, from 0 to 1, of the distractor's tokens in what is kept and repaired, a target "
+        "token's being 1: 0 spends what only the distractor needs, 1 treats both alike",
+    )
     stats: str = option("", "statistics from `prunekit calibrate`, instead of --target")
     plan: str = option("", "a plan.safetensors to follow, instead of choosing neurons")
     strategy: str = option(
@@ -90,6 +98,7 @@ class EvalConfig:
 
     model: str = argument(_MODEL, metavar="MODEL")
     data: tuple[str, ...] = option((), f"held-out corpus: {_CORPUS}", metavar="FILE")
+    baseline: str = option("", "the dense model, to say what was lost on each", metavar="DENSE")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
     samples: int = option(0, "print so many greedy generations")
     max_length: int = option(1024, "tokens of a prompt that are read")

@@ -101,6 +101,33 @@ def test_gradients_are_gathered_when_asked_for_or_needed(capsys, tmp_path, folde
     assert "hold no gram; calibrate with --gram" in line
 
 
+def test_a_share_of_the_off_task_ability_is_kept_and_its_price_told(
+    capsys, tmp_path, folder, corpus
+):
+    other, stats = tmp_path / "other.jsonl", tmp_path / "s"
+    rows = [{"text": " ".join(f"w{3 + (7 * i + j * j) % 90}" for j in range(9))} for i in range(40)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = ("--target", corpus, "--distractor", other)
+    options = ("--sparsity", 0.3, "--multiple-of", 16, "--quiet", "--keep-off-task", 0.5)
+    status, text, _ = run(capsys, "prune", folder, *both, *options, "-o", tmp_path / "a")
+    assert status == 0
+    assert f"prunekit eval {tmp_path / 'a'} --baseline {folder} --data" in text
+    wanted = ("--gram", "--gradients", "--off-task", "--quiet", "-o", stats)
+    assert run(capsys, "calibrate", folder, *both, *wanted)[0] == 0
+    assert run(capsys, "prune", folder, "--stats", stats, *options, "-o", tmp_path / "b")[0] == 0
+    record = json.loads((tmp_path / "a" / "prunekit.json").read_text())
+    assert record["recipe"]["keep_off_task"] == 0.5
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n).eval() for n in "ab")
+    assert torch.equal(logits(one), logits(two))
+    data = ("--baseline", folder, "--data", corpus, other, "--quiet")
+    found = json.loads(run(capsys, "eval", tmp_path / "a", *data, "--json")[1])["loss"]
+    assert [r["corpus"] for r in found] == [str(corpus), str(other)]
+    assert all(r["rise"] == r["loss"] - r["dense"] for r in found)
+    status, text, _ = run(capsys, "eval", tmp_path / "a", *data)
+    assert status == 0
+    assert f"{found[1]['rise']:+.4f}" in text
+
+
 @pytest.mark.parametrize(
     ("options", "criterion"),
     [((), "reconstruction_fisher"), (("--compensate", "none"), "wanda")],
@@ -197,6 +224,21 @@ def test_help_teaches_by_example(capsys):
         ),
         ("prune MODEL --target CORPUS --sparsity 0.2 --criterion selectivity -o OUT", "distractor"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --compensate magic -o OUT", "none, bias, lst"),
+        (
+            "prune MODEL --target CORPUS --sparsity 0.2 --keep-off-task 0.5 -o OUT",
+            "--keep-off-task: needs --distractor FILE",
+        ),
+        (
+            "prune MODEL --target CORPUS --distractor CORPUS --sparsity 0.2 --keep-off-task 2 "
+            "-o OUT",
+            "got 2.0; expected a weight from 0 to 1",
+        ),
+        (
+            "prune MODEL --target CORPUS --distractor CORPUS --sparsity 0.2 --keep-off-task 0.5 "
+            "--criterion selectivity -o OUT",
+            "contrasts by itself",
+        ),
+        ("calibrate MODEL --target CORPUS --off-task -o OUT", "--off-task: needs --distractor"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --multiple-of 0 -o OUT", "at least 1"),
         ("prune MODEL --target CORPUS --sparsity 0.2 -o MODEL", "exists and is not empty"),
         ("prune MODEL --target CORPUS --sparsity 0.2", "needs -o OUT"),

@@ -15,7 +15,7 @@ LAYERS = (
     ("config", "errors", "files", "progress"),
     ("prunekit_kernels",),
     ("ops",),
-    ("arch", "stats", "nn", "observe", "corpus", "batching"),
+    ("arch", "stats", "nn", "observe", "corpus", "batching", "contrast"),
     ("backward", "gradients"),
     ("criteria", "plan", "compact", "compensate"),
     ("checkpoint", "calibrate"),

@@ -13,9 +13,10 @@ from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
 from prunekit.compensate import check_method, default_method
 from prunekit.config import PruneConfig
+from prunekit.contrast import check_keep_off_task, weigh
 from prunekit.criteria import score
 from prunekit.criteria.auto import gathered_for, resolved
-from prunekit.criteria.registry import get_criterion
+from prunekit.criteria.registry import Criterion, get_criterion
 from prunekit.errors import InputError
 from prunekit.files import check_output_folder
 from prunekit.integrations.transformers import load, load_tokenizer
@@ -30,6 +31,8 @@ EXAMPLES = """  prunekit prune demo --target task.jsonl --sparsity 0.2 -o small
   prunekit prune demo --stats task.stats --sparsity 0.35 -o smaller
   prunekit prune demo --target math.jsonl --distractor chat.jsonl \\
       --criterion selectivity --compensate none --sparsity 0.1 -o paper
+  prunekit prune demo --target math.jsonl --distractor chat.jsonl --keep-off-task 0.25 \\
+      --sparsity 0.2 -o still-chats
   prunekit prune demo --strategy random --seed 33 --sparsity 0.1 -o control"""
 
 
@@ -54,11 +57,14 @@ def run(config: PruneConfig, output: Output) -> int:
             gram=repaired or "gram" in gathers,
             gradients="gradient_gram" in gathers,
             taylor="taylor" in gathers,
+            off_task=config.keep_off_task > 0,
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
             quiet=config.quiet,
         )
     begun = time.perf_counter()
+    if stats is not None:
+        stats = weigh(stats, config.keep_off_task)
     method = config.compensate or default_method(stats)
     chosen = given or _choose(config, model, stats, method)
     if stats is not None and method == "none" and not config.compensate:
@@ -72,6 +78,7 @@ def run(config: PruneConfig, output: Output) -> int:
         "sparsity": chosen.sparsity,
         "widths": chosen.widths(),
         "dense_widths": list(chosen.dense_widths),
+        "keep_off_task": config.keep_off_task,
         "compensate": method,
         "parameters_dense": before,
     }
@@ -96,6 +103,11 @@ def run(config: PruneConfig, output: Output) -> int:
         f"pruned in {seconds:.1f} s\n"
         f"saved {folder}: loads with transformers' AutoModelForCausalLM.from_pretrained"
     )
+    if config.distractor or config.keep_off_task:
+        output.line(
+            "what both tasks lost, on rows held out: "
+            f"prunekit eval {folder} --baseline {config.model} --data TASK OTHER"
+        )
     output.json(facts)
     return 0
 
@@ -112,6 +124,7 @@ def _check(config: PruneConfig) -> None:
     if config.compensate:
         check_method(config.compensate)
     criterion = get_criterion(config.criterion)
+    _check_contrast(config, criterion)
     if config.stats and config.target:
         raise InputError("give --stats or --target, not both")
     informed = config.stats or config.target
@@ -120,6 +133,18 @@ def _check(config: PruneConfig) -> None:
         raise InputError("needs --target FILE or --stats STATS; see `prunekit prune --help`")
     if config.target and "distractor" in criterion.needs and not config.distractor and not drawn:
         raise InputError(f"criterion {config.criterion}: needs --distractor FILE")
+
+
+def _check_contrast(config: PruneConfig, criterion: Criterion) -> None:
+    check_keep_off_task(config.keep_off_task)
+    if config.keep_off_task == 0:
+        return
+    if "distractor" in criterion.needs:
+        raise InputError(
+            f"--keep-off-task: criterion {criterion.name} contrasts by itself; use another, or 0"
+        )
+    if not config.stats and not config.distractor:
+        raise InputError("--keep-off-task: needs --distractor FILE, or --stats with one")
 
 
 def _method(config: PruneConfig, *, has_target: bool) -> str:
@@ -138,6 +163,7 @@ def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) 
         "criterion": criterion,
         "fingerprint": fingerprint(find_mlps(model, verify=False)),
         "stats": stats.hash if stats else None,
+        "keep_off_task": config.keep_off_task,
     }
     return plan(
         scores,
