@@ -6,6 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from prunekit.allocation import Sensitivity, sensitivity
 from prunekit.arch import MLPView, find_mlps, register_arch
 from prunekit.calibrate import calibrate
 from prunekit.compact import compact_modules, prune, trying
@@ -39,6 +40,7 @@ __all__ = [
     "MLPView",
     "NeuronStats",
     "PrunePlan",
+    "Sensitivity",
     "bench",
     "calibrate",
     "compact_modules",
@@ -50,6 +52,7 @@ __all__ = [
     "register_arch",
     "save",
     "score",
+    "sensitivity",
     "trying",
 ]
 

@@ -65,7 +65,12 @@ class PruneConfig:
         "what scores a neuron: auto takes reconstruction_fisher where the repair needs the Gram "
         "matrix anyway, else wanda; `prunekit env` lists all",
     )
-    allocation: str = option("uniform", "how many neurons each layer keeps", choices=("uniform",))
+    allocation: str = option(
+        "uniform",
+        "how many neurons each layer keeps: uniform, or budget: as many in all, shared out by what "
+        "they cost the loss",
+        choices=("uniform", "budget"),
+    )
     compensate: str = option(
         "",
         "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer); by "

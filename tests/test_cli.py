@@ -132,6 +132,20 @@ def test_dry_run_writes_nothing(capsys, tmp_path, folder, corpus):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("criterion", ["auto", "wanda"])
+def test_a_budget_shares_out_what_uniform_would_keep(capsys, folder, corpus, criterion):
+    """Nothing can be saved yet, so it is asked for dry; whatever scores, Fisher shares out."""
+    options = ("--sparsity", 0.5, "--multiple-of", 8, "--dry-run", "--quiet")
+    given = ("--target", corpus, "--criterion", criterion, "--allocation", "budget", *options)
+    status, text, _ = run(capsys, "prune", folder, *given, "--json")
+    assert status == 0
+    facts = json.loads(text)
+    assert sum(facts["widths"]) == 96
+    assert len(set(facts["widths"])) == 2
+    text = run(capsys, "prune", folder, *given)[1]
+    assert f"widths by layer: {facts['widths'][0]} {facts['widths'][1]}\n" in text
+
+
 def test_bench_prints_a_row_a_model_and_test(capsys, tmp_path, folder):
     options = ("--strategy", "random", "--sparsity", 0.5, "--multiple-of", 16)
     run(capsys, "prune", folder, *options, "-o", tmp_path / "small")
@@ -201,6 +215,15 @@ def test_help_teaches_by_example(capsys):
         ("prune MODEL --target CORPUS --sparsity 0.2 -o MODEL", "exists and is not empty"),
         ("prune MODEL --target CORPUS --sparsity 0.2", "needs -o OUT"),
         ("prune MODEL --sparsity 0.2 -o OUT", "needs --target FILE or --stats STATS"),
+        (
+            "prune MODEL --target CORPUS --sparsity 0.2 --allocation budget -o OUT",
+            "--allocation budget: its widths differ by layer; a plain checkpoint holds MLPs of one",
+        ),
+        (
+            "prune MODEL --strategy random --sparsity 0.2 --allocation budget --dry-run",
+            "--allocation budget: needs --target FILE or --stats STATS",
+        ),
+        ("prune MODEL --plan UNEVEN -o OUT", "--plan: its widths differ by layer; a plain"),
         ("prune MODEL --plan CORPUS -o OUT", "is no whole safetensors file"),
         ("prune MODEL --plan PLAN -o OUT", "made for another model"),
         ("prune nowhere/at-all --target CORPUS --sparsity 0.2 -o OUT", "nowhere/at-all"),
@@ -229,6 +252,9 @@ def test_bad_input_gives_one_line_and_exit_2(capsys, tmp_path, folder, corpus, a
     (tmp_path / "strangers" / "x").mkdir(parents=True)
     places["PLAN"] = tmp_path / "plan"
     plan([torch.rand(128)] * 2, 0.5).save(places["PLAN"])
+    places["UNEVEN"] = tmp_path / "uneven"
+    uneven = tuple(torch.arange(k, dtype=torch.int32) for k in (16, 32))
+    pk.PrunePlan(uneven, (96, 96)).save(places["UNEVEN"])
     line = refused(capsys, *(places.get(word, word) for word in arguments.split()))
     assert message in line
     assert not (tmp_path / "out").exists()

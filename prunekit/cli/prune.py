@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 
+from prunekit.allocation import sensitivity
 from prunekit.arch import find_mlps, fingerprint
 from prunekit.calibrate import calibrate
-from prunekit.checkpoint import save, weight_bytes
+from prunekit.checkpoint import refuse_differing_widths, save, weight_bytes
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
 from prunekit.compensate import check_method, default_method
 from prunekit.config import PruneConfig
-from prunekit.criteria import score
+from prunekit.criteria import CRITERIA, score
 from prunekit.criteria.auto import gathered_for, resolved
+from prunekit.criteria.reconstruction import FISHER
 from prunekit.criteria.registry import get_criterion
 from prunekit.errors import InputError
 from prunekit.files import check_output_folder
@@ -37,6 +39,8 @@ def run(config: PruneConfig, output: Output) -> int:
     """Check everything that can be checked, then load, plan, prune and save."""
     _check(config)
     given = PrunePlan.load(config.plan) if config.plan else None
+    if given and config.output and not config.dry_run:
+        _check_savable(given)
     stats = NeuronStats.load(config.stats) if config.stats else None
     tokenizer = load_tokenizer(config.model)
     target = corpora(config.target, tokenizer, config.limit)
@@ -46,6 +50,8 @@ def run(config: PruneConfig, output: Output) -> int:
         scored = config.strategy != "random" and not config.plan
         repaired = _solves(_method(config, has_target=True))
         gathers = gathered_for(config.criterion, repaired=repaired) if scored else ()
+        if _shares(config):
+            gathers = (*gathers, *CRITERIA[FISHER].gathers)
         stats = calibrate(
             model,
             tokenizer,
@@ -77,6 +83,8 @@ def run(config: PruneConfig, output: Output) -> int:
     if config.dry_run:
         chosen.check_model(find_mlps(model, verify=False))
         output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
+        if len(set(chosen.widths())) > 1:
+            output.line(f"widths by layer: {' '.join(map(str, chosen.widths()))}")
         output.json(facts)
         return 0
     prune(model, chosen, stats=stats, compensate=method, quiet=config.quiet)
@@ -106,6 +114,8 @@ def _check(config: PruneConfig) -> None:
         check_output_folder(config.output, force=config.force)
     if not config.plan:
         check_sparsity(config.sparsity)
+    if config.output and not config.dry_run and _shares(config):
+        refuse_differing_widths("--allocation budget: its widths differ by layer")
     if config.multiple_of < 1:
         raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
     if config.compensate:
@@ -114,11 +124,22 @@ def _check(config: PruneConfig) -> None:
     if config.stats and config.target:
         raise InputError("give --stats or --target, not both")
     informed = config.stats or config.target
+    if _shares(config) and not informed:
+        raise InputError("--allocation budget: needs --target FILE or --stats STATS")
     drawn = config.strategy == "random" or not criterion.needs or config.plan
     if not informed and (not drawn or _method(config, has_target=False) != "none"):
         raise InputError("needs --target FILE or --stats STATS; see `prunekit prune --help`")
     if config.target and "distractor" in criterion.needs and not config.distractor and not drawn:
         raise InputError(f"criterion {config.criterion}: needs --distractor FILE")
+
+
+def _check_savable(plan: PrunePlan) -> None:
+    if len(set(zip(plan.dense_widths, plan.widths(), strict=True))) > len(set(plan.dense_widths)):
+        refuse_differing_widths("--plan: its widths differ by layer")
+
+
+def _shares(config: PruneConfig) -> bool:
+    return config.allocation == "budget" and not config.plan
 
 
 def _method(config: PruneConfig, *, has_target: bool) -> str:
@@ -133,6 +154,10 @@ def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) 
     criterion = resolved(config.criterion, stats, repaired=_solves(method))
     criterion = "random" if config.strategy == "random" else criterion
     scores = score(stats, model, criterion, seed=config.seed)
+    costs = None
+    if _shares(config):
+        fisher = scores if criterion == FISHER else score(stats, model, FISHER)
+        costs = sensitivity(fisher, model)
     recipe = {
         "criterion": criterion,
         "fingerprint": fingerprint(find_mlps(model, verify=False)),
@@ -143,6 +168,7 @@ def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) 
         config.sparsity,
         strategy=config.strategy,
         allocation=config.allocation,
+        sensitivity=costs,
         multiple_of=config.multiple_of,
         seed=config.seed,
         recipe=recipe,
@@ -151,7 +177,9 @@ def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) 
 
 def _widths(chosen: PrunePlan) -> str:
     pairs = sorted(set(zip(chosen.dense_widths, chosen.widths(), strict=True)))
-    shown = ", ".join(f"{kept} of {dense}" for dense, kept in pairs[:4])
+    shown = ", ".join(f"{kept} of {dense}" for dense, kept in pairs)
+    if len(pairs) > 4:
+        shown = f"{min(chosen.widths())} to {max(chosen.widths())} of {max(chosen.dense_widths)}"
     asked = chosen.recipe.get("sparsity")
     wish = f", {asked:.2%} asked for" if asked else ""
     return f"{shown} neurons a layer ({chosen.sparsity:.2%} removed{wish})"
