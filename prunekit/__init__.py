@@ -19,6 +19,7 @@ from prunekit.stats import NeuronStats
 
 if TYPE_CHECKING:
     from prunekit.checkpoint import save
+    from prunekit.experiment.search import search
     from prunekit.integrations.transformers import load
     from prunekit.measure import bench
 
@@ -32,6 +33,7 @@ _LAZY = {
     "bench": "prunekit.measure",
     "load": "prunekit.integrations.transformers",
     "save": "prunekit.checkpoint",
+    "search": "prunekit.experiment.search",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "register_arch",
     "save",
     "score",
+    "search",
     "sensitivity",
     "trying",
 ]

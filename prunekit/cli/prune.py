@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 
@@ -9,16 +10,24 @@ from prunekit.allocation import sensitivity
 from prunekit.arch import find_mlps, fingerprint
 from prunekit.calibrate import calibrate
 from prunekit.checkpoint import refuse_differing_widths, save, weight_bytes
+from prunekit.cli import search
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
 from prunekit.compensate import check_method, default_method
-from prunekit.config import PruneConfig
+from prunekit.config import PruneConfig, SearchConfig
 from prunekit.criteria import CRITERIA, score
 from prunekit.criteria.auto import gathered_for, resolved
 from prunekit.criteria.reconstruction import FISHER
 from prunekit.criteria.registry import get_criterion
 from prunekit.errors import InputError
+from prunekit.experiment.goals import (
+    check_speedup,
+    measure_speed,
+    parse_bytes,
+    sparsities,
+    sparsity_for_bytes,
+)
 from prunekit.files import check_output_folder
 from prunekit.integrations.transformers import load, load_tokenizer
 from prunekit.measure.memory import parameter_count
@@ -32,12 +41,15 @@ EXAMPLES = """  prunekit prune demo --target task.jsonl --sparsity 0.2 -o small
   prunekit prune demo --stats task.stats --sparsity 0.35 -o smaller
   prunekit prune demo --target math.jsonl --distractor chat.jsonl \\
       --criterion selectivity --compensate none --sparsity 0.1 -o paper
+  prunekit prune demo --target task.jsonl --target-bytes 200MB -o fits
   prunekit prune demo --strategy random --seed 33 --sparsity 0.1 -o control"""
 
 
 def run(config: PruneConfig, output: Output) -> int:
     """Check everything that can be checked, then load, plan, prune and save."""
     _check(config)
+    if config.max_loss_rise:
+        return _search(config, output)
     given = PrunePlan.load(config.plan) if config.plan else None
     if given and config.output and not config.dry_run:
         _check_savable(given)
@@ -46,6 +58,7 @@ def run(config: PruneConfig, output: Output) -> int:
     target = corpora(config.target, tokenizer, config.limit)
     distractors = corpora(config.distractor, tokenizer, config.limit)
     model = load(config.model, dtype=config.dtype)
+    sparsity = 0.0 if given else _sparsity(config, model, output)
     if target:
         scored = config.strategy != "random" and not config.plan
         repaired = _solves(_method(config, has_target=True))
@@ -65,7 +78,7 @@ def run(config: PruneConfig, output: Output) -> int:
         )
     begun = time.perf_counter()
     method = config.compensate or default_method(stats)
-    chosen = given or _choose(config, model, stats, method)
+    chosen = given or _choose(config, sparsity, model, stats, method)
     if stats is not None and method == "none" and not config.compensate:
         logger.warning(
             "nothing is repaired: %s has no Gram matrices (calibrate --gram)", config.stats
@@ -112,8 +125,7 @@ def _check(config: PruneConfig) -> None:
         raise InputError("needs -o OUT (or --dry-run); see `prunekit prune --help`")
     if config.output:
         check_output_folder(config.output, force=config.force)
-    if not config.plan:
-        check_sparsity(config.sparsity)
+    _check_goal(config)
     if config.output and not config.dry_run and _shares(config):
         refuse_differing_widths("--allocation budget: its widths differ by layer")
     if config.multiple_of < 1:
@@ -142,6 +154,31 @@ def _shares(config: PruneConfig) -> bool:
     return config.allocation == "budget" and not config.plan
 
 
+_GOALS = ("sparsity", "target_bytes", "target_speedup", "max_loss_rise", "plan")
+_OF_PRUNE = ("distractor", "stats", "strategy", "allocation", "compensate", "seed", "dry_run")
+
+
+def _check_goal(config: PruneConfig) -> None:
+    """One goal, and one that is possible as far as can be said without the model."""
+    given = ["--" + name.replace("_", "-") for name in _GOALS if getattr(config, name)]
+    if len(given) > 1:
+        raise InputError(f"got {' and '.join(given)}; expected one of them")
+    if not given or config.sparsity:
+        check_sparsity(config.sparsity)
+    if config.target_bytes:
+        parse_bytes(config.target_bytes)
+    if config.target_speedup:
+        check_speedup(config.target_speedup)
+    if config.max_loss_rise:
+        plain = {f.name: f.default for f in dataclasses.fields(config)}
+        for name in _OF_PRUNE:
+            if getattr(config, name) != plain[name]:
+                raise InputError(
+                    f"--max-loss-rise: takes no --{name.replace('_', '-')}; it searches with the "
+                    "defaults, as `prunekit search` does"
+                )
+
+
 def _method(config: PruneConfig, *, has_target: bool) -> str:
     return config.compensate or ("sequential" if has_target else "none")
 
@@ -150,7 +187,34 @@ def _solves(method: str) -> bool:
     return method not in ("none", "bias")
 
 
-def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) -> PrunePlan:
+def _sparsity(config: PruneConfig, model, output: Output) -> float:
+    """The sparsity asked for, or the least that reaches the goal given instead."""
+    multiple = config.multiple_of
+    if config.target_bytes:
+        size = parse_bytes(config.target_bytes)
+        return sparsity_for_bytes(model, size, multiple_of=multiple)
+    if not config.target_speedup:
+        return config.sparsity
+    speed = measure_speed(model, multiple_of=multiple)
+    points = zip(speed.sparsity, speed.speedup, strict=True)
+    output.line(
+        "decode speed-up measured here: "
+        + ", ".join(f"{faster:.2f} × at {removed:.0%}" for removed, faster in points)
+    )
+    steps = sparsities([view.width for view in find_mlps(model, verify=False)], multiple)
+    found = speed.sparsity_for(config.target_speedup, steps)
+    output.line(f"{config.target_speedup:g} × needs {found:.2%}, interpolated between these")
+    return found
+
+
+def _search(config: PruneConfig, output: Output) -> int:
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(SearchConfig)}
+    return search.run(SearchConfig(**options), output)
+
+
+def _choose(
+    config: PruneConfig, sparsity: float, model, stats: NeuronStats | None, method: str
+) -> PrunePlan:
     criterion = resolved(config.criterion, stats, repaired=_solves(method))
     criterion = "random" if config.strategy == "random" else criterion
     scores = score(stats, model, criterion, seed=config.seed)
@@ -163,9 +227,11 @@ def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) 
         "fingerprint": fingerprint(find_mlps(model, verify=False)),
         "stats": stats.hash if stats else None,
     }
+    goals = {name: getattr(config, name) for name in ("target_bytes", "target_speedup")}
+    recipe |= {name: goal for name, goal in goals.items() if goal}
     return plan(
         scores,
-        config.sparsity,
+        sparsity,
         strategy=config.strategy,
         allocation=config.allocation,
         sensitivity=costs,
