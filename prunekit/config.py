@@ -55,6 +55,17 @@ class PruneConfig:
     model: str = argument(_MODEL, metavar="MODEL")
     output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
     sparsity: float = option(0.0, "fraction of the MLP neurons to remove, between 0 and 1")
+    target_bytes: str = option(
+        "", "instead of --sparsity: what the weights may take on disk, such as 200MB", metavar="N"
+    )
+    target_speedup: float = option(
+        0.0,
+        "instead of --sparsity: how much faster decoding is to be, as measured here by width",
+        metavar="X",
+    )
+    max_loss_rise: float = option(
+        0.0, "instead of --sparsity: nats a token, as `prunekit search` does", metavar="R"
+    )
     target: tuple[str, ...] = option((), f"corpus of the task to keep: {_CORPUS}", metavar="FILE")
     distractor: tuple[str, ...] = option((), "corpus to contrast it with", metavar="FILE")
     keep_off_task: float = option(
@@ -74,7 +85,12 @@ class PruneConfig:
         "what scores a neuron: auto takes reconstruction_fisher where the repair needs the Gram "
         "matrix anyway, else wanda; `prunekit env` lists all",
     )
-    allocation: str = option("uniform", "how many neurons each layer keeps", choices=("uniform",))
+    allocation: str = option(
+        "uniform",
+        "how many neurons each layer keeps: uniform, or budget: as many in all, shared out by what "
+        "they cost the loss",
+        choices=("uniform", "budget"),
+    )
     compensate: str = option(
         "",
         "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer); by "
@@ -88,6 +104,28 @@ class PruneConfig:
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
     dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
     dry_run: bool = option(False, "say what would be kept, and write nothing")
+    force: bool = option(False, "replace OUT if it exists")
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Find the smallest model whose held-out loss rises by no more than a bound, and save it."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    target: tuple[str, ...] = option(
+        (), f"corpus of the task to keep, every fifth row held out: {_CORPUS}", metavar="FILE"
+    )
+    max_loss_rise: float = option(
+        0.0, "nats a token over the dense model, on the rows held out", metavar="R"
+    )
+    output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
+    criterion: str = option("auto", "what scores a neuron, as in `prunekit prune`")
+    multiple_of: int = option(64, "round kept widths to a multiple of this")
+    max_length: int = option(1024, "tokens of a prompt that are read")
+    batch_tokens: int = option(2048, "tokens of a batch, padding included")
+    limit: int = option(0, "read at most so many rows of each corpus; 0: all")
+    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
     force: bool = option(False, "replace OUT if it exists")
     quiet: bool = option(False, "no progress bar")
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("ops",),
     ("arch", "stats", "nn", "observe", "corpus", "batching", "contrast"),
     ("backward", "gradients"),
-    ("criteria", "plan", "compact", "compensate"),
+    ("criteria", "allocation", "plan", "compact", "compensate"),
     ("checkpoint", "calibrate"),
     ("integrations", "tasks", "evaluate", "recover", "measure"),
     ("experiment",),
