@@ -1,8 +1,9 @@
 """Every criterion with every repair at several sparsities: the rise of the held-out loss.
 
 A task is a JSONL file of `prompt` + `completion`: its first rows calibrate, its last are held out.
-One calibration a task serves every cell. Cells go to OUT/results.jsonl as they are measured, and a
-second run goes on where the first stopped; OUT/quality.md and one plot a task are made from it.
+One calibration a task serves every cell; the other tasks' are its distractors. Cells go to
+OUT/results.jsonl as they are measured, and a second run goes on where the first stopped;
+OUT/quality.md and one plot a task are made from it, and put into the docs by --docs FOLDER.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from statistics import mean
 
 from prunekit.calibrate import calibrate
+from prunekit.contrast import against
 from prunekit.corpus import Corpus, read_corpus
 from prunekit.criteria import CRITERIA
 from prunekit.evaluate import evaluate_loss
+from prunekit.experiment.knee import shown
 from prunekit.experiment.variants import Variant, run_variants
 from prunekit.integrations.transformers import load, load_tokenizer
 from prunekit.report.plots import Point, loss_by_sparsity
@@ -26,9 +31,11 @@ from prunekit.stats import NeuronStats
 
 SPARSITIES = (0.2, 0.35, 0.5)
 SEEDS = (33, 42, 7)  # of random
-NOT_HERE = ("auto", "selectivity")  # another's name; needs distractors
+KNEES = ("selectivity + none", "fluctuation + bias", "reconstruction_fisher + sequential")
+NOT_HERE = ("auto",)  # another's name
 SLOW = ("sequential",)  # a minute a cell: only for the criteria that come close
 CLOSE = ("reconstruction_fisher", "reconstruction", "wanda")
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 PLOTTED = (
     ("reconstruction_fisher", "sequential"),
     ("wanda", "lstsq"),
@@ -75,43 +82,57 @@ def statistics(model, tokenizer, corpus: Corpus, path: Path) -> NeuronStats:
     return stats
 
 
+def contrasted(task: str, found: dict[str, NeuronStats]) -> NeuronStats:
+    """The statistics of a task, with those of all the others as its distractor."""
+    others = [stats for name, stats in found.items() if name != task]
+    if not others:
+        return found[task]
+    return against(found[task], reduce(NeuronStats.merge, others))
+
+
 def measured(path: Path) -> Iterator[dict]:
     """The cells on record."""
     if path.exists():
         yield from map(json.loads, path.read_text().splitlines())
 
 
-def measure(task: str, source: str, options: argparse.Namespace) -> None:
-    """Measure the cells of a task that are not on record."""
-    record = options.out / "results.jsonl"
-    calibration, held_out = split(source, options.calibration, options.held_out)
-    data = {"calibration": calibration.hash, "held_out": held_out.hash}
+def missing(task: str, data: dict[str, str], options: argparse.Namespace) -> list[Variant]:
+    """The cells of a task that are not on record for these rows."""
     done = {
         (c["criterion"], c["compensate"], c["seed"], c["sparsity"])
-        for c in measured(record)
+        for c in measured(options.out / "results.jsonl")
         if c["task"] == task and c["data"] == data
     }
-    todo = [
-        v
-        for v in variants(options.criterion, options.compensate, options.sparsity)
-        if (v.criterion, v.compensate, v.seed, v.sparsity) not in done
-    ]
-    if not todo:
+    every = variants(options.criterion, options.compensate, options.sparsity)
+    return [v for v in every if (v.criterion, v.compensate, v.seed, v.sparsity) not in done]
+
+
+def measure(tasks: dict[str, str], options: argparse.Namespace) -> None:
+    """Measure the cells that are not on record."""
+    rows = {t: split(f, options.calibration, options.held_out) for t, f in tasks.items()}
+    data = {t: {"calibration": c.hash, "held_out": h.hash} for t, (c, h) in rows.items()}
+    todo = {task: missing(task, data[task], options) for task in tasks}
+    if not any(todo.values()):
         return
     model, tokenizer = load(options.model, dtype="bf16"), load_tokenizer(options.model)
-    stats = statistics(model, tokenizer, calibration, options.out / f"{task}.stats")
-    dense = evaluate_loss(model, tokenizer, held_out, quiet=True).loss
-    for outcome in run_variants(model, tokenizer, stats, held_out, todo, quiet=True):
-        loss = outcome.loss.loss
-        facts = {"reached": outcome.sparsity, "dense": dense, "loss": loss, "rise": loss - dense}
-        cell = {"task": task, "data": data, **asdict(outcome.variant), **facts}
-        cell["seconds"] = round(outcome.seconds, 1)
-        with record.open("a") as lines:
-            lines.write(json.dumps(cell) + "\n")
-        variant = outcome.variant
-        print(
-            f"{task:6} {variant.name:36} {variant.sparsity:4.0%} {loss - dense:+8.4f}", flush=True
-        )
+    found = {
+        task: statistics(model, tokenizer, calibration, options.out / f"{task}.stats")
+        for task, (calibration, _) in rows.items()
+    }
+    for task, (_, held_out) in rows.items():
+        stats = contrasted(task, found)
+        dense = evaluate_loss(model, tokenizer, held_out, quiet=True).loss
+        for outcome in run_variants(model, tokenizer, stats, held_out, todo[task], quiet=True):
+            variant, loss = outcome.variant, outcome.loss.loss
+            facts = {"reached": outcome.sparsity, "dense": dense, "loss": loss}
+            cell = {"task": task, "data": data[task], **asdict(variant), **facts}
+            cell |= {"rise": loss - dense, "seconds": round(outcome.seconds, 1)}
+            with (options.out / "results.jsonl").open("a") as lines:
+                lines.write(json.dumps(cell) + "\n")
+            print(
+                f"{task:6} {variant.name:36} {variant.sparsity:4.0%} {loss - dense:+8.4f}",
+                flush=True,
+            )
 
 
 def table(cells: list[dict]) -> str:
@@ -148,6 +169,25 @@ def _rise(values: list[float] | None) -> str:
     return f"{mean(values):.3f}{spread}"
 
 
+def knees(cells: list[dict]) -> str:
+    """Markdown: the robustness knee of three ways, by task and on average."""
+    tasks = sorted({c["task"] for c in cells})
+    lines = ["| criterion + repair | " + " | ".join([*tasks, "mean"]) + " |"]
+    lines.append("|---" * (len(tasks) + 2) + "|")
+    for way in KNEES:
+        points: dict[str, dict[float, float]] = {t: {} for t in tasks}
+        for c in cells:
+            if c["name"] == way:
+                points[c["task"]][c["reached"]] = c["rise"]
+        if not all(points.values()):
+            continue
+        shared = set.intersection(*(set(found) for found in points.values()))
+        average = [(s, mean(found[s] for found in points.values())) for s in shared]
+        found = [shown(list(points[t].items())) for t in tasks] + [shown(average)]
+        lines.append(f"| {way} | " + " | ".join(found) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(cells: list[dict]) -> str:
     """SVG of one task: held-out loss by the sparsity reached, for the ways that tell the story."""
     dense = Point(0.0, cells[0]["dense"])
@@ -163,6 +203,16 @@ def plot(cells: list[dict]) -> str:
     return loss_by_sparsity({name: points for name, points in lines.items() if points}, dense)
 
 
+def into_docs(folder: Path, text: str) -> None:
+    """Put the table and the knees between the markers of quality.md."""
+    path = folder / "quality.md"
+    head, _, rest = path.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{path}: has no {BEGIN} ... {END}")
+    path.write_text(f"{head}{BEGIN}\n{text}{END}{tail}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     every = [name for name in sorted(CRITERIA) if name not in NOT_HERE]
@@ -175,17 +225,25 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--calibration", type=int, default=192, help="rows")
     parser.add_argument("--held-out", type=int, default=80, help="rows")
+    parser.add_argument("--docs", type=Path, help="folder of quality.md, whose table is replaced")
     options = parser.parse_args()
+    if len(options.task) < 2:  # nothing to contrast with
+        options.criterion = [c for c in options.criterion if "distractor" not in CRITERIA[c].needs]
     options.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("prunekit").setLevel(logging.ERROR)
     tasks = dict(pair.split("=", 1) for pair in options.task)
-    for task, source in tasks.items():
-        measure(task, source, options)
+    measure(tasks, options)
     cells = list(measured(options.out / "results.jsonl"))
-    (options.out / "quality.md").write_text(table(cells))
+    text = table([c for c in cells if c["sparsity"] in options.sparsity])
+    text += "\nMost neurons removed before perplexity rises by 5 %:\n\n" + knees(cells)
+    (options.out / "quality.md").write_text(text)
     for task in tasks:
         (options.out / f"{task}.svg").write_text(plot([c for c in cells if c["task"] == task]))
-    print(table(cells))
+    if options.docs:
+        into_docs(options.docs, text)
+        for task in tasks:
+            shutil.copy(options.out / f"{task}.svg", options.docs / f"quality-{task}.svg")
+    print(text)
 
 
 if __name__ == "__main__":

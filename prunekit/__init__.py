@@ -6,6 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from prunekit.allocation import Sensitivity, sensitivity
 from prunekit.arch import MLPView, find_mlps, register_arch
 from prunekit.calibrate import calibrate
 from prunekit.compact import compact_modules, prune, trying
@@ -18,6 +19,7 @@ from prunekit.stats import NeuronStats
 
 if TYPE_CHECKING:
     from prunekit.checkpoint import save
+    from prunekit.experiment.search import search
     from prunekit.integrations.transformers import load
     from prunekit.measure import bench
 
@@ -31,6 +33,7 @@ _LAZY = {
     "bench": "prunekit.measure",
     "load": "prunekit.integrations.transformers",
     "save": "prunekit.checkpoint",
+    "search": "prunekit.experiment.search",
 }
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "MLPView",
     "NeuronStats",
     "PrunePlan",
+    "Sensitivity",
     "bench",
     "calibrate",
     "compact_modules",
@@ -50,6 +54,8 @@ __all__ = [
     "register_arch",
     "save",
     "score",
+    "search",
+    "sensitivity",
     "trying",
 ]
 

@@ -13,10 +13,17 @@ from prunekit.corpus import Corpus
 
 @dataclass(frozen=True)
 class Tokens:
-    """One encoded prompt; ``scored`` is the first token that belongs to the completion."""
+    """One encoded prompt.
+
+    Attributes:
+        ids: its tokens.
+        scored: the first token that belongs to the completion.
+        weight: what each of its tokens counts where errors are weighed (`contrast`).
+    """
 
     ids: tuple[int, ...]
     scored: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunekit import ops
 from prunekit.arch import MLPView, check_finite, decoder_of, find_mlps, fingerprint
-from prunekit.batching import Batch, batches, encode
+from prunekit.batching import Batch, Tokens, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
 from prunekit.files import digest
@@ -88,6 +88,7 @@ def calibrate(
     gram: bool = False,
     gradients: bool = False,
     taylor: bool = False,
+    off_task: bool = False,
     max_length: int = 1024,
     batch_tokens: int = 2048,
     quiet: bool = False,
@@ -104,6 +105,8 @@ def calibrate(
         gradients: also run the target backwards, for criteria and repairs that weigh errors by
             their effect on the loss; 4·D² bytes an MLP, and with gram 4 bytes a token more.
         taylor: with the gradients of the weights too, for the criterion of that name.
+        off_task: gather all this of the distractors too, so that `contrast.weigh` can keep a share
+            of what they need.
         max_length: tokens of a prompt that are read.
         batch_tokens: tokens of a batch, padding included.
         quiet: no progress bar.
@@ -118,6 +121,7 @@ def calibrate(
     Cost:
         One forward of the decoder over all tokens, without the lm_head; with gram, T·F² FLOP more.
         With gradients, a forward and a backward of the target more (`gradients.add_gradients`).
+        With off_task, all that for the distractors too.
 
     Source:
         The statistics of arXiv 2604.27115 and of the criteria in `prunekit.criteria`.
@@ -135,7 +139,8 @@ def calibrate(
     model.eval()
     classes: dict[str, list[NeuronSums]] = {}
     record: list[dict[str, Any]] = []
-    replayed = squares = None
+    replayed: dict[str, list[Tokens]] = {}
+    squares: dict[str, list[torch.Tensor | None]] = {}
     try:
         for name, members in corpora.items():
             prompts = []
@@ -153,14 +158,18 @@ def calibrate(
                         "tokens": sum(len(p.ids) for p in encoded),
                     }
                 )
-            wanted = gram and name == "target"
-            replayed = prompts if wanted else replayed
+            whole = off_task or name == "target"
+            wanted = gram and whole
+            if wanted:
+                replayed[name] = prompts
             recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
             _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
             _check_finite(views, name, recorder.sums)
-            if (gradients or taylor) and name == "target":
+            if (gradients or taylor) and whole:
                 options = {"taylor": taylor, "quiet": quiet}
-                squares = add_gradients(model, views, prompts, recorder.sums, **options)
+                found = add_gradients(model, views, prompts, recorder.sums, **options)
+                if wanted:
+                    squares[name] = found
             classes[name] = [sums.finish() for sums in recorder.sums]
     finally:
         model.train(was_training)
@@ -171,9 +180,16 @@ def calibrate(
         "max_length": max_length,
         "corpora": record,
     }
-    names, made_of = [v.name for v in views], fingerprint(views)
-    kept = None if replayed is None else squares
-    return NeuronStats(names, classes, made_of, provenance, replayed, kept)
+    return NeuronStats(
+        [v.name for v in views],
+        classes,
+        fingerprint(views),
+        provenance,
+        replayed.get("target"),
+        squares.get("target"),
+        replayed.get("distractor"),
+        squares.get("distractor"),
+    )
 
 
 def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:

@@ -38,6 +38,9 @@ class CalibrateConfig:
         False, "also run the target backwards, which the criterion reconstruction_fisher needs"
     )
     taylor: bool = option(False, "with the weights' gradients too, for the criterion taylor")
+    off_task: bool = option(
+        False, "gather all this of the distractor too, which prune's --keep-off-task needs"
+    )
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
@@ -52,8 +55,24 @@ class PruneConfig:
     model: str = argument(_MODEL, metavar="MODEL")
     output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
     sparsity: float = option(0.0, "fraction of the MLP neurons to remove, between 0 and 1")
+    target_bytes: str = option(
+        "", "instead of --sparsity: what the weights may take on disk, such as 200MB", metavar="N"
+    )
+    target_speedup: float = option(
+        0.0,
+        "instead of --sparsity: how much faster decoding is to be, as measured here by width",
+        metavar="X",
+    )
+    max_loss_rise: float = option(
+        0.0, "instead of --sparsity: nats a token, as `prunekit search` does", metavar="R"
+    )
     target: tuple[str, ...] = option((), f"corpus of the task to keep: {_CORPUS}", metavar="FILE")
     distractor: tuple[str, ...] = option((), "corpus to contrast it with", metavar="FILE")
+    keep_off_task: float = option(
+        0.0,
+        "weight, from 0 to 1, of the distractor's tokens in what is kept and repaired, a target "
+        "token's being 1: 0 spends what only the distractor needs, 1 treats both alike",
+    )
     stats: str = option("", "statistics from `prunekit calibrate`, instead of --target")
     plan: str = option("", "a plan.safetensors to follow, instead of choosing neurons")
     strategy: str = option(
@@ -66,7 +85,12 @@ class PruneConfig:
         "what scores a neuron: auto takes reconstruction_fisher where the repair needs the Gram "
         "matrix anyway, else wanda; `prunekit env` lists all",
     )
-    allocation: str = option("uniform", "how many neurons each layer keeps", choices=("uniform",))
+    allocation: str = option(
+        "uniform",
+        "how many neurons each layer keeps: uniform, or budget: as many in all, shared out by what "
+        "they cost the loss",
+        choices=("uniform", "budget"),
+    )
     compensate: str = option(
         "",
         "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer); by "
@@ -85,11 +109,34 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """Find the smallest model whose held-out loss rises by no more than a bound, and save it."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    target: tuple[str, ...] = option(
+        (), f"corpus of the task to keep, every fifth row held out: {_CORPUS}", metavar="FILE"
+    )
+    max_loss_rise: float = option(
+        0.0, "nats a token over the dense model, on the rows held out", metavar="R"
+    )
+    output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
+    criterion: str = option("auto", "what scores a neuron, as in `prunekit prune`")
+    multiple_of: int = option(64, "round kept widths to a multiple of this")
+    max_length: int = option(1024, "tokens of a prompt that are read")
+    batch_tokens: int = option(2048, "tokens of a batch, padding included")
+    limit: int = option(0, "read at most so many rows of each corpus; 0: all")
+    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    force: bool = option(False, "replace OUT if it exists")
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Measure a model's mean loss on held-out corpora, and let it speak."""
 
     model: str = argument(_MODEL, metavar="MODEL")
     data: tuple[str, ...] = option((), f"held-out corpus: {_CORPUS}", metavar="FILE")
+    baseline: str = option("", "the dense model, to say what was lost on each", metavar="DENSE")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
     samples: int = option(0, "print so many greedy generations")
     max_length: int = option(1024, "tokens of a prompt that are read")

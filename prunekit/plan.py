@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from prunekit import files
+from prunekit.allocation import Sensitivity, budget_widths
 from prunekit.arch import MLPView, fingerprint
 from prunekit.errors import InputError
 
 _KIND = "prune-plan"
 STRATEGIES = ("selective", "reverse", "random")
-ALLOCATIONS = ("uniform",)
+ALLOCATIONS = ("uniform", "budget")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def plan(
     *,
     strategy: str = "selective",
     allocation: str = "uniform",
+    sensitivity: Sensitivity | None = None,
     multiple_of: int = 64,
     seed: int = 0,
     recipe: dict[str, Any] | None = None,
@@ -112,7 +114,9 @@ def plan(
         scores: one [F] tensor an MLP; for ``random`` only the lengths count.
         sparsity: the fraction of neurons to remove, 0 < sparsity < 1.
         strategy: selective removes the lowest scores, reverse the highest, random by seed.
-        allocation: uniform gives every MLP the same share.
+        allocation: uniform gives every MLP the same share; budget shares out as many neurons in
+            all so that the losses of ``sensitivity`` are least.
+        sensitivity: of the model, from `prunekit.sensitivity`; for budget.
         multiple_of: kept widths are rounded to it.
         seed: for random.
         recipe: further facts to record.
@@ -129,12 +133,20 @@ def plan(
         )
     if multiple_of < 1:
         raise InputError(f"multiple_of: got {multiple_of}; expected at least 1")
-    kept = []
     for i, values in enumerate(scores):
         if not torch.isfinite(values).all():
             raise InputError(f"scores: those of MLP {i} are not all finite")
-        count = kept_width(values.numel(), sparsity, multiple_of)
-        kept.append(_keep(values, count, strategy, seed, i))
+    widths = [kept_width(values.numel(), sparsity, multiple_of) for values in scores]
+    if allocation == "budget":
+        if sensitivity is None:
+            raise InputError(
+                "allocation budget: needs a sensitivity; pass prunekit.sensitivity(scores, model)"
+            )
+        widths = budget_widths(sensitivity, widths, multiple_of)
+    kept = [
+        _keep(values, width, strategy, seed, i)
+        for i, (values, width) in enumerate(zip(scores, widths, strict=True))
+    ]
     facts = {
         "sparsity": sparsity,
         "strategy": strategy,

@@ -52,7 +52,7 @@ class NeuronSums:
 
     Attributes:
         prompts: how many prompts reached this MLP (for an expert: sent it a token).
-        tokens: how many tokens did.
+        tokens: how many tokens did; both are whole numbers unless `scaled`.
         prompt_sum, prompt_square_sum: fp64, over prompts, of a = mean over its tokens of abs h.
         token_sum, token_abs_sum, token_square_sum: fp64, over tokens, of h, abs h, h².
         active: fp64, tokens whose gate was open (gate > 0).
@@ -66,8 +66,8 @@ class NeuronSums:
             this MLP's output; or None; symmetric.
     """
 
-    prompts: int
-    tokens: int
+    prompts: float
+    tokens: float
     prompt_sum: torch.Tensor
     prompt_square_sum: torch.Tensor
     token_sum: torch.Tensor
@@ -132,6 +132,17 @@ class NeuronSums:
             **optional,
         )
 
+    def scaled(self, weight: float) -> NeuronSums:
+        """The statistics of the same prompts, each of them counted ``weight`` times."""
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        return NeuronSums(
+            prompts=weight * self.prompts,
+            tokens=weight * self.tokens,
+            **{name: weight * getattr(self, name) for name in _SUMS},
+            max_abs=self.max_abs,
+            **{n: None if value is None else weight * value for n, value in optional.items()},
+        )
+
     def finish(self) -> NeuronSums:
         """Move to the CPU and mirror the Gram matrices, in place: the end of a calibration."""
         for name in (*_SUMS, "max_abs", *_OPTIONAL):
@@ -184,6 +195,8 @@ class NeuronStats:
         prompts: the target's prompts as token ids, for repairs that run the model again; or None.
         gradient_squares: for each MLP ‖g‖² of every token of the prompts, in their order, g as in
             `gradient_gram`: fp32 [T], None for an expert. None where no gradients were gathered.
+        distractor_prompts, distractor_squares: the same of the distractor, where it is to weigh in
+            (`contrast`).
     """
 
     names: list[str]
@@ -192,6 +205,8 @@ class NeuronStats:
     provenance: dict[str, Any] = field(default_factory=dict)
     prompts: list[Tokens] | None = None
     gradient_squares: list[torch.Tensor | None] | None = None
+    distractor_prompts: list[Tokens] | None = None
+    distractor_squares: list[torch.Tensor | None] | None = None
 
     @property
     def target(self) -> list[NeuronSums]:
@@ -230,13 +245,16 @@ class NeuronStats:
                 many if mine is None else [a.merge(b) for a, b in zip(mine, many, strict=True)]
             )
         both = {"merged": [self.provenance, other.provenance]}
-        lacking = self.prompts is None or other.prompts is None
-        prompts = None if lacking else self.prompts + other.prompts
-        squares = None
-        if not lacking and self.gradient_squares and other.gradient_squares:
-            pairs = zip(self.gradient_squares, other.gradient_squares, strict=True)
-            squares = [None if a is None else torch.cat([a, b]) for a, b in pairs]
-        return NeuronStats(self.names, classes, self.fingerprint, both, prompts, squares)
+        return NeuronStats(
+            self.names,
+            classes,
+            self.fingerprint,
+            both,
+            join_prompts(self.prompts, other.prompts),
+            join_squares(self.gradient_squares, other.gradient_squares),
+            join_prompts(self.distractor_prompts, other.distractor_prompts),
+            join_squares(self.distractor_squares, other.distractor_squares),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
@@ -249,14 +267,10 @@ class NeuronStats:
                     value = getattr(s, key)
                     if value is not None:
                         tensors[f"{name}.{i}.{key}"] = value
-        if self.prompts is not None:
-            ids = [torch.tensor(p.ids, dtype=torch.int32) for p in self.prompts]
-            tensors["prompts.ids"] = torch.cat(ids)
-            spans = [(len(p.ids), p.scored) for p in self.prompts]
-            tensors["prompts.spans"] = torch.tensor(spans, dtype=torch.int32)
-        for i, squares in enumerate(self.gradient_squares or ()):
-            if squares is not None:
-                tensors[f"prompts.{i}.gradient_squares"] = squares
+        tensors |= _prompt_tensors("prompts", self.prompts, self.gradient_squares)
+        tensors |= _prompt_tensors(
+            "distractor_prompts", self.distractor_prompts, self.distractor_squares
+        )
         header = {
             "names": self.names,
             "counts": counts,
@@ -290,24 +304,54 @@ class NeuronStats:
                 classes,
                 header["fingerprint"],
                 header["provenance"],
-                _read_prompts(tensors),
-                _read_squares(tensors, len(header["names"])),
+                *_read_prompts("prompts", tensors, len(header["names"])),
+                *_read_prompts("distractor_prompts", tensors, len(header["names"])),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its header and tensors do not fit together") from error
 
 
-def _read_prompts(tensors: dict[str, torch.Tensor]) -> list[Tokens] | None:
-    if "prompts.ids" not in tensors:
+def join_prompts(first: list[Tokens] | None, second: list[Tokens] | None) -> list[Tokens] | None:
+    """The prompts of both, where both are there."""
+    return None if first is None or second is None else first + second
+
+
+def join_squares(
+    first: list[torch.Tensor | None] | None, second: list[torch.Tensor | None] | None
+) -> list[torch.Tensor | None] | None:
+    """The gradients' squares of both sets of prompts, where both are there."""
+    if first is None or second is None:
         return None
-    spans = tensors["prompts.spans"]
-    rows = tensors["prompts.ids"].split(spans[:, 0].tolist())
-    return [
+    pairs = zip(first, second, strict=True)
+    return [None if a is None or b is None else torch.cat([a, b]) for a, b in pairs]
+
+
+def _prompt_tensors(
+    name: str, prompts: list[Tokens] | None, squares: list[torch.Tensor | None] | None
+) -> dict[str, torch.Tensor]:
+    if prompts is None:
+        return {}
+    found = {
+        f"{name}.ids": torch.cat([torch.tensor(p.ids, dtype=torch.int32) for p in prompts]),
+        f"{name}.spans": torch.tensor([(len(p.ids), p.scored) for p in prompts], dtype=torch.int32),
+    }
+    for i, mine in enumerate(squares or ()):
+        if mine is not None:
+            found[f"{name}.{i}.gradient_squares"] = mine
+    return found
+
+
+def _read_prompts(
+    name: str, tensors: dict[str, torch.Tensor], mlps: int
+) -> tuple[list[Tokens] | None, list[torch.Tensor | None] | None]:
+    """Prompts and their gradients' squares, as `_prompt_tensors` laid them down."""
+    if f"{name}.ids" not in tensors:
+        return None, None
+    spans = tensors[f"{name}.spans"]
+    rows = tensors[f"{name}.ids"].split(spans[:, 0].tolist())
+    prompts = [
         Tokens(tuple(row.tolist()), scored)
         for row, scored in zip(rows, spans[:, 1].tolist(), strict=True)
     ]
-
-
-def _read_squares(tensors: dict[str, torch.Tensor], mlps: int) -> list[torch.Tensor | None] | None:
-    found = [tensors.get(f"prompts.{i}.gradient_squares") for i in range(mlps)]
-    return None if all(squares is None for squares in found) else found
+    squares = [tensors.get(f"{name}.{i}.gradient_squares") for i in range(mlps)]
+    return prompts, None if all(mine is None for mine in squares) else squares

@@ -77,7 +77,7 @@ def test_following_a_saved_plan_gives_the_same_model(tmp_path):
 def test_widths_that_differ_by_layer_are_refused_before_anything_is_written(tmp_path, llama):
     kept = tuple(torch.arange(n, dtype=torch.int32) for n in (32, 48))
     pk.prune(llama, PrunePlan(kept, (96, 96)))
-    with pytest.raises(InputError, match="only plans of one width can be saved"):
+    with pytest.raises(InputError, match="holds MLPs of one width only"):
         pk.save(llama, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

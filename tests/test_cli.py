@@ -101,6 +101,33 @@ def test_gradients_are_gathered_when_asked_for_or_needed(capsys, tmp_path, folde
     assert "hold no gram; calibrate with --gram" in line
 
 
+def test_a_share_of_the_off_task_ability_is_kept_and_its_price_told(
+    capsys, tmp_path, folder, corpus
+):
+    other, stats = tmp_path / "other.jsonl", tmp_path / "s"
+    rows = [{"text": " ".join(f"w{3 + (7 * i + j * j) % 90}" for j in range(9))} for i in range(40)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = ("--target", corpus, "--distractor", other)
+    options = ("--sparsity", 0.3, "--multiple-of", 16, "--quiet", "--keep-off-task", 0.5)
+    status, text, _ = run(capsys, "prune", folder, *both, *options, "-o", tmp_path / "a")
+    assert status == 0
+    assert f"prunekit eval {tmp_path / 'a'} --baseline {folder} --data" in text
+    wanted = ("--gram", "--gradients", "--off-task", "--quiet", "-o", stats)
+    assert run(capsys, "calibrate", folder, *both, *wanted)[0] == 0
+    assert run(capsys, "prune", folder, "--stats", stats, *options, "-o", tmp_path / "b")[0] == 0
+    record = json.loads((tmp_path / "a" / "prunekit.json").read_text())
+    assert record["recipe"]["keep_off_task"] == 0.5
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n).eval() for n in "ab")
+    assert torch.equal(logits(one), logits(two))
+    data = ("--baseline", folder, "--data", corpus, other, "--quiet")
+    found = json.loads(run(capsys, "eval", tmp_path / "a", *data, "--json")[1])["loss"]
+    assert [r["corpus"] for r in found] == [str(corpus), str(other)]
+    assert all(r["rise"] == r["loss"] - r["dense"] for r in found)
+    status, text, _ = run(capsys, "eval", tmp_path / "a", *data)
+    assert status == 0
+    assert f"{found[1]['rise']:+.4f}" in text
+
+
 @pytest.mark.parametrize(
     ("options", "criterion"),
     [((), "reconstruction_fisher"), (("--compensate", "none"), "wanda")],
@@ -130,6 +157,71 @@ def test_dry_run_writes_nothing(capsys, tmp_path, folder, corpus):
     assert status == 0
     assert "would keep 48 of 96" in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("criterion", ["auto", "wanda"])
+def test_a_budget_shares_out_what_uniform_would_keep(capsys, folder, corpus, criterion):
+    """Nothing can be saved yet, so it is asked for dry; whatever scores, Fisher shares out."""
+    options = ("--sparsity", 0.5, "--multiple-of", 8, "--dry-run", "--quiet")
+    given = ("--target", corpus, "--criterion", criterion, "--allocation", "budget", *options)
+    status, text, _ = run(capsys, "prune", folder, *given, "--json")
+    assert status == 0
+    facts = json.loads(text)
+    assert sum(facts["widths"]) == 96
+    assert len(set(facts["widths"])) == 2
+    text = run(capsys, "prune", folder, *given)[1]
+    assert f"widths by layer: {facts['widths'][0]} {facts['widths'][1]}\n" in text
+
+
+def test_a_size_can_be_asked_for_instead_of_a_sparsity(capsys, tmp_path, folder, corpus):
+    dense = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    given = ("--strategy", "random", "--target-bytes", dense - 20_000, "--multiple-of", 8)
+    status, text, _ = run(capsys, "prune", folder, *given, "-o", tmp_path / "out", "--json")
+    assert status == 0
+    facts = json.loads(text)
+    assert facts["bytes"] <= dense - 20_000
+    recipe = pk.PrunePlan.load(tmp_path / "out" / "plan.safetensors").recipe
+    assert recipe["target_bytes"] == str(dense - 20_000)
+
+
+def test_a_speedup_can_be_asked_for_instead_of_a_sparsity(capsys, monkeypatch, folder):
+    from prunekit.cli import prune
+    from prunekit.experiment.goals import SpeedBySparsity
+
+    speed = SpeedBySparsity((0.0, 0.5), (1.0, 2.0))
+    monkeypatch.setattr(prune, "measure_speed", lambda model, multiple_of: speed)
+    given = ("--strategy", "random", "--target-speedup", 1.6, "--multiple-of", 16, "--dry-run")
+    status, text, _ = run(capsys, "prune", folder, *given)
+    assert status == 0
+    assert "decode speed-up measured here: 1.00 × at 0%, 2.00 × at 50%" in text
+    assert "1.6 × needs 33.33%, interpolated between these" in text
+    assert "would keep 64 of 96" in text
+
+
+@pytest.mark.parametrize("verb", ["search", "prune"])
+def test_a_search_prints_its_path_and_saves_what_it_found(capsys, tmp_path, folder, corpus, verb):
+    given = ("--target", corpus, "--multiple-of", 32, "--quiet", "-o", tmp_path / "out")
+    status, text, _ = run(capsys, verb, folder, *given, "--max-loss-rise", 10)
+    assert status == 0
+    assert "sequential   66.67%" in text
+    assert "smallest that fits: 66.67% removed" in text
+    record = json.loads((tmp_path / "out" / "prunekit.json").read_text())
+    assert record["widths"] == [32, 32]
+    assert record["results"]["search"]["found"]["repair"] == "sequential"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 32
+
+
+def test_a_search_that_finds_nothing_writes_nothing_and_exits_1(
+    capsys, monkeypatch, tmp_path, folder, corpus
+):
+    from prunekit.experiment import search
+
+    monkeypatch.setattr(search, "smallest", lambda steps, trial: None)
+    given = ("--target", corpus, "--max-loss-rise", 0.1, "--quiet", "-o", tmp_path / "out")
+    status, text, _ = run(capsys, "search", folder, *given, "--json")
+    assert status == 1
+    assert json.loads(text)["found"] is None
+    assert not (tmp_path / "out").exists()
 
 
 def test_bench_prints_a_row_a_model_and_test(capsys, tmp_path, folder):
@@ -197,10 +289,49 @@ def test_help_teaches_by_example(capsys):
         ),
         ("prune MODEL --target CORPUS --sparsity 0.2 --criterion selectivity -o OUT", "distractor"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --compensate magic -o OUT", "none, bias, lst"),
+        (
+            "prune MODEL --target CORPUS --sparsity 0.2 --keep-off-task 0.5 -o OUT",
+            "--keep-off-task: needs --distractor FILE",
+        ),
+        (
+            "prune MODEL --target CORPUS --distractor CORPUS --sparsity 0.2 --keep-off-task 2 "
+            "-o OUT",
+            "got 2.0; expected a weight from 0 to 1",
+        ),
+        (
+            "prune MODEL --target CORPUS --distractor CORPUS --sparsity 0.2 --keep-off-task 0.5 "
+            "--criterion selectivity -o OUT",
+            "contrasts by itself",
+        ),
+        ("calibrate MODEL --target CORPUS --off-task -o OUT", "--off-task: needs --distractor"),
         ("prune MODEL --target CORPUS --sparsity 0.2 --multiple-of 0 -o OUT", "at least 1"),
         ("prune MODEL --target CORPUS --sparsity 0.2 -o MODEL", "exists and is not empty"),
         ("prune MODEL --target CORPUS --sparsity 0.2", "needs -o OUT"),
         ("prune MODEL --sparsity 0.2 -o OUT", "needs --target FILE or --stats STATS"),
+        (
+            "prune MODEL --target CORPUS --sparsity 0.2 --target-bytes 1MB -o OUT",
+            "got --sparsity and --target-bytes; expected one of them",
+        ),
+        ("prune MODEL --target CORPUS --target-bytes lots -o OUT", "expected a size such as 200MB"),
+        ("prune MODEL --target CORPUS --target-bytes 9 -o OUT", "got 9; expected at least"),
+        ("prune MODEL --target CORPUS --target-bytes 1GB -o OUT", "already"),
+        ("prune MODEL --target CORPUS --target-speedup 0.9 -o OUT", "expected more than 1"),
+        ("prune MODEL --stats S --max-loss-rise 0.1 -o OUT", "takes no --stats; it searches"),
+        ("search MODEL --target CORPUS --max-loss-rise 0.1", "needs --target FILE and -o OUT"),
+        ("search MODEL --target CORPUS -o OUT", "max-loss-rise: got 0.0; expected nats a token"),
+        (
+            "search MODEL --target CORPUS --max-loss-rise 1 --criterion selectivity -o OUT",
+            "needs distractors, which a search lacks",
+        ),
+        (
+            "prune MODEL --target CORPUS --sparsity 0.2 --allocation budget -o OUT",
+            "--allocation budget: its widths differ by layer; a plain checkpoint holds MLPs of one",
+        ),
+        (
+            "prune MODEL --strategy random --sparsity 0.2 --allocation budget --dry-run",
+            "--allocation budget: needs --target FILE or --stats STATS",
+        ),
+        ("prune MODEL --plan UNEVEN -o OUT", "--plan: its widths differ by layer; a plain"),
         ("prune MODEL --plan CORPUS -o OUT", "is no whole safetensors file"),
         ("prune MODEL --plan PLAN -o OUT", "made for another model"),
         ("prune nowhere/at-all --target CORPUS --sparsity 0.2 -o OUT", "nowhere/at-all"),
@@ -229,6 +360,9 @@ def test_bad_input_gives_one_line_and_exit_2(capsys, tmp_path, folder, corpus, a
     (tmp_path / "strangers" / "x").mkdir(parents=True)
     places["PLAN"] = tmp_path / "plan"
     plan([torch.rand(128)] * 2, 0.5).save(places["PLAN"])
+    places["UNEVEN"] = tmp_path / "uneven"
+    uneven = tuple(torch.arange(k, dtype=torch.int32) for k in (16, 32))
+    pk.PrunePlan(uneven, (96, 96)).save(places["UNEVEN"])
     line = refused(capsys, *(places.get(word, word) for word in arguments.split()))
     assert message in line
     assert not (tmp_path / "out").exists()

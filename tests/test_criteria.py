@@ -8,7 +8,7 @@ from prunekit.arch import find_mlps
 from prunekit.compensate import repair
 from prunekit.criteria import CRITERIA, criterion
 from prunekit.criteria.auto import resolved
-from prunekit.criteria.reconstruction import elimination_order
+from prunekit.criteria.reconstruction import eliminate
 from prunekit.errors import InputError
 from tests.models import tiny_model
 from tests.test_stats import h_of_each_prompt
@@ -108,11 +108,15 @@ def test_elimination_is_the_greedy_order_solved_from_scratch(block, fisher):
     metric = g.T @ g if fisher else torch.eye(6, dtype=torch.float64)
     inverse = torch.linalg.inv(gram)
     before = down.clone(), inverse.clone()
-    order = elimination_order(down, inverse, metric if fisher else None, block).tolist()
+    order, costs = eliminate(down, inverse, metric if fisher else None, block)
+    order = order.tolist()
     assert torch.equal(down, before[0])
     assert torch.equal(inverse, before[1])
     exact = greedy_order(down, gram, metric)
     assert sorted(order) == list(range(20))
+    for count in (1, 7, 15):  # what the order costs, solved from scratch
+        error = error_without(down, gram, metric, order[:count])
+        assert costs[:count].sum().item() == pytest.approx(error, rel=1e-6)
     if block == 8:  # the first round may look beyond its pool no more
         errors = [error_without(down, gram, metric, o[:10]) for o in (order, exact)]
         assert errors[0] < 1.2 * errors[1]
@@ -126,7 +130,7 @@ def test_of_two_equal_neurons_one_stays_even_within_a_block():
     gram = h.T @ h / 100 + 1e-4 * torch.eye(32, dtype=torch.float64)
     down = torch.randn(8, 32, dtype=torch.float64)
     for block in (4, 16):
-        first = elimination_order(down, torch.linalg.inv(gram), None, block)[:16]
+        first = eliminate(down, torch.linalg.inv(gram), None, block)[0][:16]
         assert sorted((first % 16).tolist()) == list(range(16))
 
 
@@ -149,10 +153,12 @@ def test_reconstruction_of_a_model_is_the_greedy_order(name, criterion_name, tok
             metric += 1e-3 * metric.diagonal().mean() * torch.eye(32)
         down = view.down.detach().double()
         order, exact = found[i].argsort().tolist(), greedy_order(down, gram, metric)
-        assert sorted(found[i].tolist()) == list(range(32))
+        unit = len(h) / 2 if criterion_name == "reconstruction_fisher" else len(h)
         for count in (8, 16, 24):
             errors = [error_without(down, gram, metric, o[:count]) for o in (order, exact)]
             assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+            cost = found[i].sort().values[count - 1].item()  # of removing all up to this score
+            assert cost == pytest.approx(unit * errors[0], rel=1e-3)
 
 
 def test_reconstruction_removes_what_lstsq_can_repair(llama, stats, tokenizer, texts):

@@ -85,7 +85,7 @@ def test_sparsity_outside_0_and_1_is_refused(sparsity):
     ("options", "message"),
     [
         ({"strategy": "best"}, "expected one of selective, reverse, random"),
-        ({"allocation": "global"}, "expected one of uniform"),
+        ({"allocation": "best"}, "expected one of uniform, budget"),
         ({"multiple_of": 0}, "expected at least 1"),
     ],
 )

@@ -27,6 +27,29 @@ def test_the_table_has_means_spread_and_the_best_first():
     assert rows[2][1:] == ["1.500 (1.00 to 2.00)", "", " |"]
 
 
+def test_knees_need_every_task_and_average_what_all_were_measured_at():
+    name = quality.KNEES[0]
+    cells = [
+        cell(name, "code", 0.1, 0.02) | {"reached": 0.1},
+        cell(name, "code", 0.2, 0.08) | {"reached": 0.2},
+        cell(name, "math", 0.2, 0.08) | {"reached": 0.2},
+        cell(quality.KNEES[1], "math", 0.2, 0.08) | {"reached": 0.2},
+    ]
+    rows = quality.knees(cells).splitlines()[2:]
+    assert rows == [f"| {name} | 14.8 % | 12.2 % | 12.2 % |"]
+
+
+def test_the_docs_get_the_table_between_their_markers(tmp_path):
+    path = tmp_path / "quality.md"
+    path.write_text(f"before\n{quality.BEGIN}\nold\n{quality.END}\nafter\n")
+    for _ in range(2):
+        quality.into_docs(tmp_path, "new\n")
+    assert path.read_text() == f"before\n{quality.BEGIN}\nnew\n{quality.END}\nafter\n"
+    path.write_text("no markers")
+    with pytest.raises(SystemExit, match="has no <!-- quality:begin"):
+        quality.into_docs(tmp_path, "new")
+
+
 def test_slow_repairs_meet_only_criteria_that_come_close():
     found = quality.variants(["wanda", "rms", "random"], ["none", "sequential"], [0.5])
     ways = [(v.criterion, v.compensate, v.seed) for v in found]
@@ -57,9 +80,9 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, fol
         calibration=4,
         held_out=2,
     )
-    quality.measure("code", str(path), options)
+    quality.measure({"code": str(path)}, options)
     options.criterion = ["wanda", "rms"]
-    quality.measure("code", str(path), options)
+    quality.measure({"code": str(path)}, options)
     found = list(quality.measured(tmp_path / "results.jsonl"))
     assert [c["criterion"] for c in found] == ["wanda", "rms"]
     assert all(c["rise"] == c["loss"] - c["dense"] for c in found)

@@ -2,7 +2,14 @@
 
 import re
 
-from prunekit.report import Table, loss_by_sparsity, loss_by_speed, write_report
+from prunekit.experiment.off_task import Spent
+from prunekit.report import (
+    Table,
+    loss_by_sparsity,
+    loss_by_speed,
+    loss_off_task,
+    write_report,
+)
 from prunekit.report.plots import Point
 
 LINES = {
@@ -39,3 +46,12 @@ def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path):
     assert not re.search(r"(src|href)\s*=\s*[\"']https?:", page)
     assert "<script" not in page
     assert "@import" not in page
+
+
+def test_the_trade_off_labels_the_knob_and_every_model():
+    knobs = (1.0, 0.2, 0.1), (0.0, 0.1, 0.9), (0.37, 0.15, 0.3)
+    line = [Spent("wanda + lstsq", 0.35, *values) for values in knobs]
+    svg = loss_off_task([*line, Spent("selectivity", 0.35, 0.0, 5.0, 6.0)])
+    for text in ("wanda + lstsq", "selectivity", "rise of the off-task loss (nats/token)"):
+        assert f">{text}<" in svg
+    assert svg.count(">0.37<") == 1

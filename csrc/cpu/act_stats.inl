@@ -5,6 +5,7 @@
 
 // Rows whose sums stay in registers: few enough for their fp32 sums to be exact to about an ulp.
 constexpr int64_t ROWS = 64;
+constexpr int64_t LINE = 64;  // bytes of a cache line
 
 // A matrix to walk: the panel's first column in the current row, and the distance between rows.
 template <typename T>
@@ -79,9 +80,11 @@ INLINE void chunk(
       const T* gate_at = gate.data + row * gate.stride + column;
       const T* up_at = up.data + row * up.stride + column;
       T* h_at = h.data + row * h.stride + column;
-      __builtin_prefetch(gate_at + gate_ahead);
-      if (gated) __builtin_prefetch(up_at + up_ahead);
-      __builtin_prefetch(h_at + h_ahead, 1);
+      for (int64_t line = 0; line < 2 * lanes; line += LINE / sizeof(T)) {
+        __builtin_prefetch(gate_at + gate_ahead + line);
+        if (gated) __builtin_prefetch(up_at + up_ahead + line);
+        __builtin_prefetch(h_at + h_ahead + line, 1);
+      }
 
       const Pair<V> x = Type::load(gate_at);
       Pair<V> y{activate<act, halves>(x.first), activate<act, halves>(x.second)};

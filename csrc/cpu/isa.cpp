@@ -62,4 +62,12 @@ Isa cpu_isa() {
   return isa;
 }
 
+bool cpu_is_amd() {
+#if PRUNEKIT_X86_KERNELS
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace prunekit

@@ -14,4 +14,6 @@ enum class Isa { scalar, avx2, avx512, avx512_bf16, amx_bf16 };
 
 Isa cpu_isa();
 
+bool cpu_is_amd();
+
 }  // namespace prunekit

@@ -57,9 +57,9 @@ Kernels kernels_for(ScalarType dtype, Act act, int64_t tokens) {
       cpu_isa() >= Isa::amx_bf16)
     return amx_bf16::kernels(act);
   if (dtype == ScalarType::BFloat16 && cpu_isa() >= Isa::avx512_bf16)
-    return avx512_bf16::kernels(act);
+    return avx512_bf16::kernels(act, tokens);
 #endif
-  return PRUNEKIT_BEST(kernels)(dtype, act);
+  return PRUNEKIT_BEST(kernels)(dtype, act, tokens);
 }
 
 Weights weights_of(const char* name, const Tensor& w, const std::optional<Tensor>& bias,

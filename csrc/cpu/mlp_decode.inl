@@ -29,11 +29,11 @@ struct Widened {
   }
 };
 
-static Kernels kernels(ScalarType dtype, Act act) {
+static Kernels kernels(ScalarType dtype, Act act, int64_t tokens) {
   switch (dtype) {
-    case ScalarType::BFloat16: return kernels_of<Widened<Bf16>>(act);
-    case ScalarType::Half: return kernels_of<Widened<Fp16>>(act);
-    case ScalarType::Float: return kernels_of<Widened<Fp32>>(act);
+    case ScalarType::BFloat16: return kernels_of<Widened<Bf16>>(act, tokens);
+    case ScalarType::Half: return kernels_of<Widened<Fp16>>(act, tokens);
+    case ScalarType::Float: return kernels_of<Widened<Fp32>>(act, tokens);
     default: return {};
   }
 }

@@ -20,6 +20,6 @@ struct Bf16Pairs {
   }
 };
 
-static Kernels kernels(Act act) { return kernels_of<Bf16Pairs>(act); }
+static Kernels kernels(Act act, int64_t tokens) { return kernels_of<Bf16Pairs>(act, tokens); }
 
 #undef INLINE

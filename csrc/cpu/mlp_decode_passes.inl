@@ -12,11 +12,20 @@ using namespace decode;
 constexpr int64_t LANES = sizeof(Float) / sizeof(float);
 constexpr int64_t UNIT = 2 * LANES;  // columns of a pair of vectors, and rows of a unit of work
 constexpr int64_t TOKENS = 4;        // tokens that share one reading of the weights
-constexpr int64_t AHEAD = 1024;      // bytes of a stream fetched before they are asked for
 constexpr int64_t LINE = 64;         // bytes of a cache line
 
-// Rows of one matrix that are read one after the other. A thread reads four such streams side by
-// side, far from each other: so many keep the memory busy, and the rows of each are in sequence.
+// How a thread asks the memory for weights, added to a way to multiply them: STREAMS runs of rows
+// side by side, far from each other, and bytes of each fetched AHEAD of their use.
+template <typename Way>
+struct FetchedAhead : Way {
+  static constexpr int64_t STREAMS = 4, AHEAD = 1024;
+};
+template <typename Way>
+struct Followed : Way {
+  static constexpr int64_t STREAMS = 2, AHEAD = 0;
+};
+
+// Rows of one matrix that are read one after the other.
 struct Stream {
   const Weights* weights;
   int64_t first;  // row
@@ -74,9 +83,10 @@ INLINE void dot(const Stream (&from)[streams], int64_t i, const typename Way::He
   for (; k + UNIT <= length; k += UNIT) {
 #pragma GCC unroll 4
     for (int64_t s = 0; s < streams; ++s) {
-      const char* ahead = reinterpret_cast<const char*>(w[s] + k) + AHEAD;
-      for (int64_t at = 0; at < static_cast<int64_t>(UNIT * sizeof(Element)); at += LINE)
-        __builtin_prefetch(ahead + at);
+      const char* ahead = reinterpret_cast<const char*>(w[s] + k) + Way::AHEAD;
+      if constexpr (Way::AHEAD > 0)
+        for (int64_t at = 0; at < static_cast<int64_t>(UNIT * sizeof(Element)); at += LINE)
+          __builtin_prefetch(ahead + at);
       Way::template add<tokens>(sums[s], w[s] + k, x + k, x_stride);
     }
   }
@@ -113,19 +123,22 @@ static void products(const Stream (&from)[streams], int64_t count, const float* 
   }
 }
 
-// The products of rows [first, last) of one matrix, in four streams and what is left over.
-template <typename Way>
-static void products_of(const Weights& weights, float* sums, int64_t first, int64_t last,
-                        const float* held, int64_t held_stride, int64_t tokens,
-                        int64_t sums_stride) {
-  const int64_t part = (last - first) / 4;
-  const Stream four[] = {{&weights, first, sums},
-                         {&weights, first + part, sums},
-                         {&weights, first + 2 * part, sums},
-                         {&weights, first + 3 * part, sums}};
-  products<Way>(four, part, held, held_stride, tokens, sums_stride);
-  const Stream rest[] = {{&weights, first + 4 * part, sums}};
-  products<Way>(rest, last - rest[0].first, held, held_stride, tokens, sums_stride);
+// The products of rows [first, last) of one matrix, or of two that are as large, in streams and
+// what is left over.
+template <typename Way, int64_t matrices>
+static void products_of(const Weights* const (&weights)[matrices], float* const (&sums)[matrices],
+                        int64_t first, int64_t last, const float* held, int64_t held_stride,
+                        int64_t tokens, int64_t sums_stride) {
+  constexpr int64_t parts = Way::STREAMS / matrices;
+  const int64_t part = (last - first) / parts, whole = first + parts * part;
+  Stream streams[Way::STREAMS], rest[matrices];
+  for (int64_t m = 0; m < matrices; ++m) {
+    for (int64_t i = 0; i < parts; ++i)
+      streams[i * matrices + m] = {weights[m], first + i * part, sums[m]};
+    rest[m] = {weights[m], whole, sums[m]};
+  }
+  products<Way>(streams, part, held, held_stride, tokens, sums_stride);
+  products<Way>(rest, last - whole, held, held_stride, tokens, sums_stride);
 }
 
 // Sums whose rows do not exist, in the last unit, read as 0.
@@ -139,18 +152,11 @@ static void hidden_products(const Problem& p, int64_t begin, int64_t end) {
   const int64_t first = begin * UNIT, last = std::min(end * UNIT, p.width);
   clear_last_unit(p.gate_sums, end, p.tokens, p.width_stride);
   if (p.up.data == nullptr)
-    return products_of<Way>(p.gate, p.gate_sums, first, last, p.x_held, p.hidden_stride, p.tokens,
-                            p.width_stride);
+    return products_of<Way, 1>({&p.gate}, {p.gate_sums}, first, last, p.x_held, p.hidden_stride,
+                               p.tokens, p.width_stride);
   clear_last_unit(p.up_sums, end, p.tokens, p.width_stride);
-  const int64_t half = (last - first) / 2;
-  const Stream four[] = {{&p.gate, first, p.gate_sums},
-                         {&p.up, first, p.up_sums},
-                         {&p.gate, first + half, p.gate_sums},
-                         {&p.up, first + half, p.up_sums}};
-  products<Way>(four, half, p.x_held, p.hidden_stride, p.tokens, p.width_stride);
-  const Stream rest[] = {{&p.gate, first + 2 * half, p.gate_sums},
-                         {&p.up, first + 2 * half, p.up_sums}};
-  products<Way>(rest, last - rest[0].first, p.x_held, p.hidden_stride, p.tokens, p.width_stride);
+  products_of<Way, 2>({&p.gate, &p.up}, {p.gate_sums, p.up_sums}, first, last, p.x_held,
+                      p.hidden_stride, p.tokens, p.width_stride);
 }
 
 template <typename E>
@@ -193,8 +199,8 @@ static void output(const Problem& p, int64_t begin, int64_t end) {
   using E = typename Way::E;
   using Element = typename E::Element;
   const int64_t last = std::min(end * UNIT, p.hidden);
-  products_of<Way>(p.down, p.down_sums, begin * UNIT, last, p.h_held, p.width_stride, p.tokens,
-                   p.hidden_stride);
+  products_of<Way, 1>({&p.down}, {p.down_sums}, begin * UNIT, last, p.h_held, p.width_stride,
+                      p.tokens, p.hidden_stride);
   for (int64_t row = begin * UNIT; row < last; row += UNIT) {
     const Pair<Float> bias = bias_of<E>(p.down, row);
     for (int64_t t = 0; t < p.tokens; ++t) {
@@ -215,7 +221,7 @@ static void hold_x(const Problem& p) {
 }
 
 template <typename Way>
-static Kernels kernels_of(Act act) {
+static Kernels kernels_reading(Act act) {
   switch (act) {
     case Act::silu: return {hold_x<Way>, hidden<Way, Act::silu>, output<Way>, UNIT, 1};
     case Act::gelu: return {hold_x<Way>, hidden<Way, Act::gelu>, output<Way>, UNIT, 1};
@@ -224,4 +230,13 @@ static Kernels kernels_of(Act act) {
     case Act::relu2: return {hold_x<Way>, hidden<Way, Act::relu2>, output<Way>, UNIT, 1};
   }
   return {};
+}
+
+// AMD's cores (Zen 4, bench/decode.py) follow two streams by themselves and read a tenth slower when
+// told what to fetch; Intel's (Sapphire Rapids) want to be told. With more tokens than one, four
+// streams share what is read of each token, and products bind.
+template <typename Way>
+static Kernels kernels_of(Act act, int64_t tokens) {
+  return tokens == 1 && cpu_is_amd() ? kernels_reading<Followed<Way>>(act)
+                                     : kernels_reading<FetchedAhead<Way>>(act);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -74,10 +74,17 @@ def _check_widths(model: nn.Module) -> None:
     for view in find_mlps(model, verify=False):
         expected = getattr(config, view.width_key, None)
         if expected is not None and expected != view.width:
-            raise InputError(
-                f"save: {view.name} has {view.width} neurons where {view.width_key} says "
-                f"{expected}; only plans of one width can be saved as a plain checkpoint"
+            refuse_differing_widths(
+                f"save: {view.name} has {view.width} neurons where {view.width_key} says {expected}"
             )
+
+
+def refuse_differing_widths(what: str) -> NoReturn:
+    """Raise the InputError of every attempt to save MLPs of several widths."""
+    raise InputError(
+        f"{what}; a plain checkpoint holds MLPs of one width only: take --allocation uniform, or "
+        "use the model where it is (prunekit.prune, compact_modules, evaluate)"
+    )
 
 
 def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:

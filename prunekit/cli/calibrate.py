@@ -22,6 +22,8 @@ def run(config: CalibrateConfig, output: Output) -> int:
     """Calibrate, save, and say what was seen."""
     if not config.target or not config.output:
         raise InputError("needs --target FILE and -o STATS; see `prunekit calibrate --help`")
+    if config.off_task and not config.distractor:
+        raise InputError("--off-task: needs --distractor FILE")
     check_output_file(config.output)
     tokenizer = load_tokenizer(config.model)
     target = joined(corpora(config.target, tokenizer, config.limit))
@@ -35,6 +37,7 @@ def run(config: CalibrateConfig, output: Output) -> int:
         gram=config.gram,
         gradients=config.gradients,
         taylor=config.taylor,
+        off_task=config.off_task,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         quiet=config.quiet,

@@ -16,7 +16,10 @@ from prunekit.checkpoint import save, weight_bytes
 from prunekit.cli.output import Output, count
 from prunekit.compact import compact_modules
 from prunekit.config import DemoConfig
+from prunekit.contrast import against
 from prunekit.evaluate import Loss, evaluate_loss
+from prunekit.experiment.knee import shown
+from prunekit.experiment.off_task import Spent, off_task_spent
 from prunekit.experiment.variants import Outcome, Variant, run_variants
 from prunekit.files import check_output_file, write_json
 from prunekit.integrations.transformers import DEMO, load, load_tokenizer
@@ -24,7 +27,13 @@ from prunekit.measure.comparison import bench_models
 from prunekit.measure.memory import parameter_count, peak_memory
 from prunekit.measure.provenance import provenance
 from prunekit.progress import progress_bar
-from prunekit.report import Table, loss_by_sparsity, loss_by_speed, write_report
+from prunekit.report import (
+    Table,
+    loss_by_sparsity,
+    loss_by_speed,
+    loss_off_task,
+    write_report,
+)
 from prunekit.report.plots import Point
 from prunekit.tasks.embedded import humaneval, word_problems
 
@@ -41,6 +50,12 @@ _VARIANTS = (
     *(Variant("reverse", s, "selectivity", "reverse", "none") for s in (0.1, 0.2)),
 )
 _SAVED = Variant(_DEFAULT, 0.2)
+_TRADED = 0.35  # where the target's loss is set against the off-task loss
+_OFF_TASK = 60  # word problems that measure the latter
+_CURVE = tuple(
+    Variant("wanda + lstsq", _TRADED, "wanda", compensate="lstsq", keep_off_task=knob)
+    for knob in (0.1, 0.3, 1.0)  # 0 is among the variants
+)
 _PROMPT, _GENERATE, _ROUNDS = 512, 48, 3
 _COLUMNS = (
     "model",
@@ -73,7 +88,7 @@ def run(config: DemoConfig, output: Output) -> int:
     out = Path(config.out)
     check_output_file(out / "report.html")
     target, held_out = humaneval()
-    distractor = word_problems()
+    distractor, off_task = word_problems(), word_problems(_OFF_TASK, seed=1)
     tokenizer = load_tokenizer(DEMO)
     output.line("1/5 loading SmolLM2-135M-Instruct")
     dense = load(DEMO, dtype="bf16")
@@ -82,16 +97,21 @@ def run(config: DemoConfig, output: Output) -> int:
         f"contrasted with {len(distractor.examples)} word problems"
     )
     quiet = config.quiet
-    stats = calibrate(
-        dense, tokenizer, target, [distractor], gram=True, gradients=True, quiet=quiet
+    stats = against(
+        calibrate(dense, tokenizer, target, gram=True, gradients=True, quiet=quiet),
+        calibrate(dense, tokenizer, distractor, gram=True, quiet=quiet),
     )
-    output.line(f"3/5 pruning it in {len(_VARIANTS)} ways, all from that one calibration")
+    ways = _VARIANTS + _CURVE
+    output.line(f"3/5 pruning it in {len(ways)} ways, all from that one calibration")
     dense_loss = evaluate_loss(dense, tokenizer, held_out, quiet=quiet)
     outcomes = []
-    with progress_bar(len(_VARIANTS), "variants", "model", quiet=quiet) as bar:
-        for outcome in run_variants(dense, tokenizer, stats, held_out, _VARIANTS, quiet=True):
+    with progress_bar(len(ways), "variants", "model", quiet=quiet) as bar:
+        for outcome in run_variants(dense, tokenizer, stats, held_out, ways, quiet=True):
             outcomes.append(outcome)
             bar.update()
+    traded = [o for o in outcomes if o.variant.sparsity == _TRADED]
+    spent = list(off_task_spent(dense, dense_loss, tokenizer, off_task, traded))
+    outcomes = outcomes[: len(_VARIANTS)]
     output.line("4/5 measuring speed and memory, dense and pruned in turn")
     measured = _measure(dense, tokenizer, outcomes)
     output.line("5/5 saving the model and the report\n")
@@ -101,10 +121,12 @@ def run(config: DemoConfig, output: Output) -> int:
     seconds = time.perf_counter() - begun
     rows = _rows(dense, dense_loss, outcomes, measured)
     output.table("SmolLM2-135M-Instruct, pruned for code", _COLUMNS, rows)
-    output.line(_NOTE)
+    note = f"{_NOTE} {_knees(dense_loss, outcomes)} {_spent_off_task(spent)}"
+    output.line(note)
     facts = provenance(seconds=round(seconds))
-    page = _report(out, rows, dense_loss, outcomes, measured, facts)
+    page = _report(out, rows, note, dense_loss, outcomes, measured, spent, facts)
     result = _result(dense_loss, outcomes, measured, facts)
+    result["off_task"] = [asdict(s) for s in spent]
     write_json(out / "results.json", result)
     output.line(
         f"\n{facts['device']}; torch {facts['versions']['torch']}; {seconds:.0f} s in all\n"
@@ -173,6 +195,21 @@ def _rows(
     return rows
 
 
+def _knees(dense_loss: Loss, outcomes: list[Outcome]) -> str:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for o in outcomes:
+        rise = o.loss.loss - dense_loss.loss
+        points.setdefault(o.variant.name, []).append((o.sparsity, rise))
+    found = ", ".join(f"{name} {shown(many)}" for name, many in points.items())
+    return f"Robustness knee, where perplexity has risen by 5 %: {found} of the neurons removed."
+
+
+def _spent_off_task(spent: list[Spent]) -> str:
+    plain = [s for s in spent if not s.keep_off_task]
+    found = ", ".join(f"{s.name} {s.off_task:+.3f}" for s in plain)
+    return f"Off task, with {plain[0].sparsity:.0%} removed, other word problems lose: {found}."
+
+
 def _lines(outcomes: list[Outcome], measured: dict[int, dict]) -> dict[str, list[Point]]:
     lines: dict[str, list[Point]] = {}
     for o in outcomes:
@@ -181,13 +218,16 @@ def _lines(outcomes: list[Outcome], measured: dict[int, dict]) -> dict[str, list
     return lines
 
 
-def _report(out, rows, dense_loss, outcomes, measured, facts) -> Path:
+def _report(out, rows, note, dense_loss, outcomes, measured, spent, facts) -> Path:
     dense_speed = next(iter(measured.values()))["tg"]["tokens_per_s"]
     dense = Point(0.0, dense_loss.loss, dense_speed)
     lines = _lines(outcomes, measured)
     plots = {
         "Loss by sparsity": loss_by_sparsity(lines, dense),
         "Loss by measured speed": loss_by_speed(lines, dense),
+        f"Coding against word problems, {spent[0].sparsity:.0%} removed, by --keep-off-task": (
+            loss_off_task(spent)
+        ),
     }
     lead = (
         "A 135M-parameter chat model was run over 82 coding problems and 164 word problems; from "
@@ -196,12 +236,13 @@ def _report(out, rows, dense_loss, outcomes, measured, facts) -> Path:
         "loss, and solves each layer's down projection anew on what the pruned layers before it "
         "give. wanda + lstsq takes seconds: it keeps the neurons that add most on the task and "
         "repairs each layer for itself. selectivity alone, random and reverse are the controls of "
-        "arXiv 2604.27115."
+        "arXiv 2604.27115. What the word problems lose is what the model forgets for the task; "
+        "--keep-off-task says how dear it is."
     )
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
     footer = {k: v for k, v in facts.items() if k != "versions"} | {"versions": versions}
     title = "SmolLM2-135M-Instruct, pruned for code"
-    table = Table(_COLUMNS, rows, _NOTE)
+    table = Table(_COLUMNS, rows, note)
     return write_report(
         out / "report.html", title=title, lead=lead, table=table, plots=plots, facts=footer
     )

@@ -1,4 +1,4 @@
-"""`prunekit eval`: the mean loss of a model on held-out corpora, and samples."""
+"""`prunekit eval`: the mean loss of a model on held-out corpora, what it lost, and samples."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prunekit.measure.provenance import provenance
 CONFIG = EvalConfig
 EXAMPLES = """  prunekit eval small --data held_out.jsonl
   prunekit eval small --data held_out.jsonl other.jsonl --samples 2
+  prunekit eval small --baseline demo --data target.jsonl off_task.jsonl
   prunekit eval small --data held_out.jsonl --limit 100 --json"""
 
 
@@ -22,21 +23,27 @@ def run(config: EvalConfig, output: Output) -> int:
         raise InputError("needs --data FILE; see `prunekit eval --help`")
     tokenizer = load_tokenizer(config.model)
     data = corpora(config.data, tokenizer, config.limit)
+    options = {
+        "max_length": config.max_length,
+        "batch_tokens": config.batch_tokens,
+        "quiet": config.quiet,
+    }
     model = load(config.model, dtype=config.dtype)
-    result = evaluate(
-        model,
-        tokenizer,
-        data,
-        samples=config.samples,
-        max_length=config.max_length,
-        batch_tokens=config.batch_tokens,
-        quiet=config.quiet,
-    )
+    result = evaluate(model, tokenizer, data, samples=config.samples, **options)
     rows = [
         (r["corpus"], f"{r['loss']:.4f}", f"{r['stderr']:.4f}", count(r["tokens"]), r["prompts"])
         for r in result["loss"]
     ]
     columns = ("corpus", "loss (nats/token)", "± stderr", "tokens", "prompts")
+    if config.baseline:
+        dense = evaluate(load(config.baseline, dtype=config.dtype), tokenizer, data, **options)
+        for mine, theirs in zip(result["loss"], dense["loss"], strict=True):
+            mine |= {"dense": theirs["loss"], "rise": mine["loss"] - theirs["loss"]}
+        columns += ("dense", "rise")
+        rows = [
+            (*row, f"{r['dense']:.4f}", f"{r['rise']:+.4f}")
+            for row, r in zip(rows, result["loss"], strict=True)
+        ]
     output.table(config.model, columns, rows)
     for sample in result["samples"]:
         output.line(f"\n--- prompt\n{sample['prompt']}\n--- completion\n{sample['completion']}")

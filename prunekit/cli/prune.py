@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 
+from prunekit.allocation import sensitivity
 from prunekit.arch import find_mlps, fingerprint
 from prunekit.calibrate import calibrate
-from prunekit.checkpoint import save, weight_bytes
+from prunekit.checkpoint import refuse_differing_widths, save, weight_bytes
+from prunekit.cli import search
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
 from prunekit.compensate import check_method, default_method
-from prunekit.config import PruneConfig
-from prunekit.criteria import score
+from prunekit.config import PruneConfig, SearchConfig
+from prunekit.contrast import check_keep_off_task, weigh
+from prunekit.criteria import CRITERIA, score
 from prunekit.criteria.auto import gathered_for, resolved
-from prunekit.criteria.registry import get_criterion
+from prunekit.criteria.reconstruction import FISHER
+from prunekit.criteria.registry import Criterion, get_criterion
 from prunekit.errors import InputError
+from prunekit.experiment.goals import (
+    check_speedup,
+    measure_speed,
+    parse_bytes,
+    sparsities,
+    sparsity_for_bytes,
+)
 from prunekit.files import check_output_folder
 from prunekit.integrations.transformers import load, load_tokenizer
 from prunekit.measure.memory import parameter_count
@@ -30,22 +42,32 @@ EXAMPLES = """  prunekit prune demo --target task.jsonl --sparsity 0.2 -o small
   prunekit prune demo --stats task.stats --sparsity 0.35 -o smaller
   prunekit prune demo --target math.jsonl --distractor chat.jsonl \\
       --criterion selectivity --compensate none --sparsity 0.1 -o paper
+  prunekit prune demo --target math.jsonl --distractor chat.jsonl --keep-off-task 0.25 \\
+      --sparsity 0.2 -o still-chats
+  prunekit prune demo --target task.jsonl --target-bytes 200MB -o fits
   prunekit prune demo --strategy random --seed 33 --sparsity 0.1 -o control"""
 
 
 def run(config: PruneConfig, output: Output) -> int:
     """Check everything that can be checked, then load, plan, prune and save."""
     _check(config)
+    if config.max_loss_rise:
+        return _search(config, output)
     given = PrunePlan.load(config.plan) if config.plan else None
+    if given and config.output and not config.dry_run:
+        _check_savable(given)
     stats = NeuronStats.load(config.stats) if config.stats else None
     tokenizer = load_tokenizer(config.model)
     target = corpora(config.target, tokenizer, config.limit)
     distractors = corpora(config.distractor, tokenizer, config.limit)
     model = load(config.model, dtype=config.dtype)
+    sparsity = 0.0 if given else _sparsity(config, model, output)
     if target:
         scored = config.strategy != "random" and not config.plan
         repaired = _solves(_method(config, has_target=True))
         gathers = gathered_for(config.criterion, repaired=repaired) if scored else ()
+        if _shares(config):
+            gathers = (*gathers, *CRITERIA[FISHER].gathers)
         stats = calibrate(
             model,
             tokenizer,
@@ -54,13 +76,16 @@ def run(config: PruneConfig, output: Output) -> int:
             gram=repaired or "gram" in gathers,
             gradients="gradient_gram" in gathers,
             taylor="taylor" in gathers,
+            off_task=config.keep_off_task > 0,
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
             quiet=config.quiet,
         )
     begun = time.perf_counter()
+    if stats is not None:
+        stats = weigh(stats, config.keep_off_task)
     method = config.compensate or default_method(stats)
-    chosen = given or _choose(config, model, stats, method)
+    chosen = given or _choose(config, sparsity, model, stats, method)
     if stats is not None and method == "none" and not config.compensate:
         logger.warning(
             "nothing is repaired: %s has no Gram matrices (calibrate --gram)", config.stats
@@ -72,12 +97,15 @@ def run(config: PruneConfig, output: Output) -> int:
         "sparsity": chosen.sparsity,
         "widths": chosen.widths(),
         "dense_widths": list(chosen.dense_widths),
+        "keep_off_task": config.keep_off_task,
         "compensate": method,
         "parameters_dense": before,
     }
     if config.dry_run:
         chosen.check_model(find_mlps(model, verify=False))
         output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
+        if len(set(chosen.widths())) > 1:
+            output.line(f"widths by layer: {' '.join(map(str, chosen.widths()))}")
         output.json(facts)
         return 0
     prune(model, chosen, stats=stats, compensate=method, quiet=config.quiet)
@@ -96,6 +124,11 @@ def run(config: PruneConfig, output: Output) -> int:
         f"pruned in {seconds:.1f} s\n"
         f"saved {folder}: loads with transformers' AutoModelForCausalLM.from_pretrained"
     )
+    if config.distractor or config.keep_off_task:
+        output.line(
+            "what both tasks lost, on rows held out: "
+            f"prunekit eval {folder} --baseline {config.model} --data TASK OTHER"
+        )
     output.json(facts)
     return 0
 
@@ -105,21 +138,71 @@ def _check(config: PruneConfig) -> None:
         raise InputError("needs -o OUT (or --dry-run); see `prunekit prune --help`")
     if config.output:
         check_output_folder(config.output, force=config.force)
-    if not config.plan:
-        check_sparsity(config.sparsity)
+    _check_goal(config)
+    if config.output and not config.dry_run and _shares(config):
+        refuse_differing_widths("--allocation budget: its widths differ by layer")
     if config.multiple_of < 1:
         raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
     if config.compensate:
         check_method(config.compensate)
     criterion = get_criterion(config.criterion)
+    _check_contrast(config, criterion)
     if config.stats and config.target:
         raise InputError("give --stats or --target, not both")
     informed = config.stats or config.target
+    if _shares(config) and not informed:
+        raise InputError("--allocation budget: needs --target FILE or --stats STATS")
     drawn = config.strategy == "random" or not criterion.needs or config.plan
     if not informed and (not drawn or _method(config, has_target=False) != "none"):
         raise InputError("needs --target FILE or --stats STATS; see `prunekit prune --help`")
     if config.target and "distractor" in criterion.needs and not config.distractor and not drawn:
         raise InputError(f"criterion {config.criterion}: needs --distractor FILE")
+
+
+def _check_contrast(config: PruneConfig, criterion: Criterion) -> None:
+    check_keep_off_task(config.keep_off_task)
+    if config.keep_off_task == 0:
+        return
+    if "distractor" in criterion.needs:
+        raise InputError(
+            f"--keep-off-task: criterion {criterion.name} contrasts by itself; use another, or 0"
+        )
+    if not config.stats and not config.distractor:
+        raise InputError("--keep-off-task: needs --distractor FILE, or --stats with one")
+
+
+def _check_savable(plan: PrunePlan) -> None:
+    if len(set(zip(plan.dense_widths, plan.widths(), strict=True))) > len(set(plan.dense_widths)):
+        refuse_differing_widths("--plan: its widths differ by layer")
+
+
+def _shares(config: PruneConfig) -> bool:
+    return config.allocation == "budget" and not config.plan
+
+
+_GOALS = ("sparsity", "target_bytes", "target_speedup", "max_loss_rise", "plan")
+_OF_PRUNE = ("distractor", "stats", "strategy", "allocation", "compensate", "seed", "dry_run")
+
+
+def _check_goal(config: PruneConfig) -> None:
+    """One goal, and one that is possible as far as can be said without the model."""
+    given = ["--" + name.replace("_", "-") for name in _GOALS if getattr(config, name)]
+    if len(given) > 1:
+        raise InputError(f"got {' and '.join(given)}; expected one of them")
+    if not given or config.sparsity:
+        check_sparsity(config.sparsity)
+    if config.target_bytes:
+        parse_bytes(config.target_bytes)
+    if config.target_speedup:
+        check_speedup(config.target_speedup)
+    if config.max_loss_rise:
+        plain = {f.name: f.default for f in dataclasses.fields(config)}
+        for name in _OF_PRUNE:
+            if getattr(config, name) != plain[name]:
+                raise InputError(
+                    f"--max-loss-rise: takes no --{name.replace('_', '-')}; it searches with the "
+                    "defaults, as `prunekit search` does"
+                )
 
 
 def _method(config: PruneConfig, *, has_target: bool) -> str:
@@ -130,20 +213,55 @@ def _solves(method: str) -> bool:
     return method not in ("none", "bias")
 
 
-def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) -> PrunePlan:
+def _sparsity(config: PruneConfig, model, output: Output) -> float:
+    """The sparsity asked for, or the least that reaches the goal given instead."""
+    multiple = config.multiple_of
+    if config.target_bytes:
+        size = parse_bytes(config.target_bytes)
+        return sparsity_for_bytes(model, size, multiple_of=multiple)
+    if not config.target_speedup:
+        return config.sparsity
+    speed = measure_speed(model, multiple_of=multiple)
+    points = zip(speed.sparsity, speed.speedup, strict=True)
+    output.line(
+        "decode speed-up measured here: "
+        + ", ".join(f"{faster:.2f} × at {removed:.0%}" for removed, faster in points)
+    )
+    steps = sparsities([view.width for view in find_mlps(model, verify=False)], multiple)
+    found = speed.sparsity_for(config.target_speedup, steps)
+    output.line(f"{config.target_speedup:g} × needs {found:.2%}, interpolated between these")
+    return found
+
+
+def _search(config: PruneConfig, output: Output) -> int:
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(SearchConfig)}
+    return search.run(SearchConfig(**options), output)
+
+
+def _choose(
+    config: PruneConfig, sparsity: float, model, stats: NeuronStats | None, method: str
+) -> PrunePlan:
     criterion = resolved(config.criterion, stats, repaired=_solves(method))
     criterion = "random" if config.strategy == "random" else criterion
     scores = score(stats, model, criterion, seed=config.seed)
+    costs = None
+    if _shares(config):
+        fisher = scores if criterion == FISHER else score(stats, model, FISHER)
+        costs = sensitivity(fisher, model)
     recipe = {
         "criterion": criterion,
         "fingerprint": fingerprint(find_mlps(model, verify=False)),
         "stats": stats.hash if stats else None,
+        "keep_off_task": config.keep_off_task,
     }
+    goals = {name: getattr(config, name) for name in ("target_bytes", "target_speedup")}
+    recipe |= {name: goal for name, goal in goals.items() if goal}
     return plan(
         scores,
-        config.sparsity,
+        sparsity,
         strategy=config.strategy,
         allocation=config.allocation,
+        sensitivity=costs,
         multiple_of=config.multiple_of,
         seed=config.seed,
         recipe=recipe,
@@ -152,7 +270,9 @@ def _choose(config: PruneConfig, model, stats: NeuronStats | None, method: str) 
 
 def _widths(chosen: PrunePlan) -> str:
     pairs = sorted(set(zip(chosen.dense_widths, chosen.widths(), strict=True)))
-    shown = ", ".join(f"{kept} of {dense}" for dense, kept in pairs[:4])
+    shown = ", ".join(f"{kept} of {dense}" for dense, kept in pairs)
+    if len(pairs) > 4:
+        shown = f"{min(chosen.widths())} to {max(chosen.widths())} of {max(chosen.dense_widths)}"
     asked = chosen.recipe.get("sparsity")
     wish = f", {asked:.2%} asked for" if asked else ""
     return f"{shown} neurons a layer ({chosen.sparsity:.2%} removed{wish})"

@@ -29,8 +29,8 @@ def token_weights(
         quiet: no progress bar.
 
     Returns:
-        For each view [T] in fp32 over the tokens of the prompts, in their order, mean 1; None for
-        an expert.
+        For each view [T] in fp32 over the tokens of the prompts, in their order: mean 1, times the
+        weight of each token's prompt; None for an expert.
 
     Cost:
         None, or a forward and a backward without weight gradients; 4·T·L bytes.
@@ -38,7 +38,9 @@ def token_weights(
     squares = stats.gradient_squares
     if squares is None:
         squares = output_gradients(model, list(views), stats.prompts, quiet=quiet)
-    return [None if s is None else _weigh(s) for s in squares]
+    lengths = torch.tensor([len(p.ids) for p in stats.prompts])
+    own = torch.tensor([p.weight for p in stats.prompts]).repeat_interleave(lengths)
+    return [None if s is None else own * _weigh(s) for s in squares]
 
 
 def _weigh(squares: torch.Tensor) -> torch.Tensor:

@@ -15,13 +15,17 @@ from prunekit.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+FISHER = "reconstruction_fisher"
 RIDGE = 1e-3  # times the mean of a Gram matrix's diagonal
 BLOCK = 128  # neurons eliminated between two updates of the whole matrices
 
 
 @criterion("reconstruction", gathers=("gram",))
 def reconstruction(evidence: Evidence) -> torch.Tensor:
-    """Position in the order of greedy elimination with least-squares repair; 0 goes first.
+    """What greedy elimination with least-squares repair costs up to and with the neuron.
+
+    The sum so far of the squared errors of the output, over all tokens: to remove the k neurons of
+    the lowest scores costs the k-th lowest.
 
     C = HᵀH/T + 1e-3·mean(diag)·I; where the down projection has a bias, which takes the mean, C is
     centred. A neuron whose error the others repair for nothing goes before one that is small but
@@ -35,23 +39,24 @@ def reconstruction(evidence: Evidence) -> torch.Tensor:
         Optimal Brain Surgeon (Hassibi and Stork, 1993) for structures: ZipLM, Kurtić et al.,
         arXiv 2302.04089.
     """
-    return _position(evidence, None)
+    return _costs(evidence, None)
 
 
-@criterion("reconstruction_fisher", gathers=("gram", "gradient_gram"))
+@criterion(FISHER, gathers=("gram", "gradient_gram"))
 def reconstruction_fisher(evidence: Evidence) -> torch.Tensor:
-    """As `reconstruction`, with errors measured by their effect on the loss.
+    """As `reconstruction`, with errors measured by their effect on the loss, in nats.
 
     The error of the output is weighted by the second moment of the loss gradient there,
-    M = Σ g gᵀ/T + 1e-3·mean(diag)·I: the trace of ΔW C ΔWᵀ M instead of ΔW C ΔWᵀ.
+    M = Σ g gᵀ/T + 1e-3·mean(diag)·I: T·trace(ΔW C ΔWᵀ M)/2 is what the loss of all T tokens rises
+    to second order, so that the scores of all layers are of one unit (`prunekit.sensitivity`).
 
     Cost:
         That of `reconstruction`, and about 10·D³ FLOP for the root of M.
     """
-    return _position(evidence, evidence.target.gradient_gram)
+    return _costs(evidence, evidence.target.gradient_gram)
 
 
-def _position(evidence: Evidence, metric: torch.Tensor | None) -> torch.Tensor:
+def _costs(evidence: Evidence, metric: torch.Tensor | None) -> torch.Tensor:
     target, down = evidence.target, evidence.view.down
     if not target.gram.any() or (metric is not None and not metric.any()):
         return torch.zeros(evidence.view.width)  # nothing fired, or nothing mattered: all are equal
@@ -59,10 +64,10 @@ def _position(evidence: Evidence, metric: torch.Tensor | None) -> torch.Tensor:
     if metric is not None:
         metric = metric.to(device, torch.float64) / target.tokens
         metric.diagonal().add_(RIDGE * metric.diagonal().mean())
-    order = elimination_order(down.to(device, torch.float64), _inverse(evidence, device), metric)
-    position = torch.empty(order.numel(), dtype=torch.float64)
-    position[order] = torch.arange(order.numel(), dtype=torch.float64)
-    return position
+    order, costs = eliminate(down.to(device, torch.float64), _inverse(evidence, device), metric)
+    scores = torch.empty_like(costs)
+    scores[order] = costs.cumsum(0) * (target.tokens if metric is None else target.tokens / 2)
+    return scores
 
 
 def _inverse(evidence: Evidence, device: torch.device) -> torch.Tensor:
@@ -80,13 +85,13 @@ def _inverse(evidence: Evidence, device: torch.device) -> torch.Tensor:
     raise InputError(f"{name}: its Gram matrix cannot be inverted; calibrate in fp32 on more text")
 
 
-def elimination_order(
+def eliminate(
     down: torch.Tensor,
     inverse: torch.Tensor,
     metric: torch.Tensor | None = None,
     block: int = BLOCK,
-) -> torch.Tensor:
-    """Order neurons by greedy elimination, the least missed first.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order neurons by greedy elimination, the least missed first, and say what each one cost.
 
     Each round takes the 2·block neurons that would cost least, eliminates half of them one by one,
     exactly, in the matrices of those 2·block alone, and then updates the whole matrices by the
@@ -98,7 +103,8 @@ def elimination_order(
         block: neurons a round.
 
     Returns:
-        [F], int64, on the CPU.
+        The order and, in that order, by how much each elimination raised the error of a token: [F],
+        int64 and fp64, on the CPU.
 
     Cost:
         About 2/3·F³ + D·F² FLOP, and 8·F² bytes more than its arguments.
@@ -107,17 +113,19 @@ def elimination_order(
         values, vectors = torch.linalg.eigh(metric)
         down = values.clamp_min(0).sqrt()[:, None] * (vectors.T @ down)
     alive = torch.arange(inverse.shape[0], device=inverse.device)
-    order = []
+    order, costs = [], []
     while True:
         saliency = down.square().sum(0) / inverse.diagonal()
         pool = saliency.argsort(stable=True)[: 2 * block]
         last = pool.numel() == alive.numel()
         columns = down[:, pool]
         count = pool.numel() if last else block
-        removed = pool[_eliminate(columns.T @ columns, inverse[pool[:, None], pool], count)]
+        found, cost = _within(columns.T @ columns, inverse[pool[:, None], pool], count)
+        removed = pool[found]
         order.append(alive[removed])
+        costs.append(cost)
         if last:
-            return torch.cat(order).cpu()
+            return torch.cat(order).cpu(), torch.cat(costs)
         stays = torch.ones(alive.numel(), dtype=torch.bool, device=alive.device)
         stays[removed] = False
         kept = stays.nonzero().flatten()
@@ -130,8 +138,10 @@ def elimination_order(
         alive = alive[kept]
 
 
-def _eliminate(products: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
-    """Eliminate ``count`` of a pool's neurons one by one; their positions, the first one first.
+def _within(
+    products: torch.Tensor, inverse: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eliminate ``count`` of a pool's neurons one by one: their positions in it, and the costs.
 
     What the steps change in both matrices is kept as the vectors it is made of; a step computes the
     row it needs and the diagonals.
@@ -149,11 +159,12 @@ def _eliminate(products: torch.Tensor, inverse: torch.Tensor, count: int) -> tor
     # C⁻¹ is inverse - rootsᵀ·roots now, and WᵀMW is products - pullsᵀ·shares - sharesᵀ·pulls
     roots, pulls, shares = (products.new_zeros(count, size) for _ in range(3))
     gone = torch.zeros(size, dtype=torch.bool)
-    order = []
+    order, paid = [], torch.empty(count, dtype=torch.float64)
     for step in range(count):
         saliency = costs / spread
-        i = int(saliency.masked_fill_(gone, torch.inf).argmin())
+        i = int(saliency.masked_fill(gone, torch.inf).argmin())
         order.append(i)
+        paid[step] = saliency[i].clamp_min(0)
         gone[i] = True
         row = inverse[i] - roots[:step, i] @ roots[:step]
         # What the pool's columns become when they repair the loss of w_i: W - w_i·shareᵀ
@@ -163,4 +174,4 @@ def _eliminate(products: torch.Tensor, inverse: torch.Tensor, count: int) -> tor
         roots[step], pulls[step], shares[step] = row / row[i].sqrt(), pull, share
         costs -= 2 * pull * share
         spread -= row * share
-    return torch.tensor(order, device=device)
+    return torch.tensor(order, device=device), paid

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prunekit.compact import prune
+from prunekit.contrast import weigh
 from prunekit.corpus import Corpus
 from prunekit.criteria import score
 from prunekit.evaluate import Loss, evaluate_loss
@@ -29,6 +30,7 @@ class Variant:
     strategy: str = "selective"
     compensate: str = "sequential"
     seed: int = 0
+    keep_off_task: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,20 @@ def run_variants(
 ) -> Iterator[Outcome]:
     """Prune a copy of the model by each variant and measure it; the dense model stays as it is.
 
-    Neurons are scored once a criterion and seed, and that time counts for every variant.
+    Neurons are scored once a criterion, seed and weight of the distractor, and that time counts
+    for every variant.
     """
-    scored: dict[tuple[str, int], tuple[list[torch.Tensor], float]] = {}
+    scored: dict[tuple[str, int, float], tuple[list[torch.Tensor], float]] = {}
+    knob, weighed = 0.0, stats
     for variant in variants:
+        if variant.keep_off_task != knob:
+            knob = variant.keep_off_task
+            weighed = weigh(stats, knob)
         smaller = copy.deepcopy(model)
         begun = time.perf_counter()
-        way = variant.criterion, variant.seed
+        way = variant.criterion, variant.seed, knob
         if way not in scored:
-            scores = score(stats, smaller, variant.criterion, seed=variant.seed)
+            scores = score(weighed, smaller, variant.criterion, seed=variant.seed)
             scored[way] = scores, time.perf_counter() - begun
             begun = time.perf_counter()
         scores, scoring = scored[way]
@@ -77,9 +84,9 @@ def run_variants(
             strategy=variant.strategy,
             multiple_of=multiple_of,
             seed=variant.seed,
-            recipe={"criterion": variant.criterion, "stats": stats.hash},
+            recipe={"criterion": variant.criterion, "stats": weighed.hash},
         )
-        prune(smaller, chosen, stats=stats, compensate=variant.compensate)
+        prune(smaller, chosen, stats=weighed, compensate=variant.compensate)
         seconds = scoring + time.perf_counter() - begun
         loss = evaluate_loss(smaller, tokenizer, held_out, quiet=quiet)
         yield Outcome(variant, smaller, loss, chosen.sparsity, seconds)

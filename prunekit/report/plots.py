@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+from prunekit.experiment.off_task import Spent
+
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prunekit",
@@ -66,6 +68,32 @@ def loss_by_sparsity(lines: Mapping[str, Sequence[Point]], dense: Point) -> str:
         axes.set_xlabel("MLP neurons removed")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _loss_axis(axes, losses)
+        axes.legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+def loss_off_task(spent: Sequence[Spent]) -> str:
+    """The target's rise against the off-task rise: down is better, left keeps more of the rest.
+
+    The models of one way, told apart by how much of the off-task ability they were to keep, are
+    joined and labelled by that.
+    """
+    ways: dict[str, list[Spent]] = {}
+    for s in sorted(spent, key=lambda s: s.keep_off_task):
+        ways.setdefault(s.name, []).append(s)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2))
+        axes = figure.add_subplot()
+        for (name, points), marker in zip(ways.items(), _MARKERS, strict=False):
+            places = [p.off_task for p in points], [p.target for p in points]
+            axes.plot(*places, marker=marker, label=name)
+            for p in points if len(points) > 1 else ():
+                place = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 8}
+                axes.annotate(f"{p.keep_off_task:g}", (p.off_task, p.target), **place)
+        axes.set_xlabel("rise of the off-task loss (nats/token)")
+        axes.set_ylabel("rise of the target's loss (nats/token)")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9)
         return _svg(figure)
 
