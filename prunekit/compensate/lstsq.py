@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 
 RIDGE = 1e-3  # times the mean of the Gram matrix's diagonal
 TOKENS_A_NEURON = 8  # that suffice for this ridge
-POWER = 3
 
 
 def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
@@ -36,7 +35,7 @@ def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
     inner = gram[kept][:, kept]
     # With few tokens for so many neurons C says little of how others will correlate.
     scarce = max(1.0, TOKENS_A_NEURON * inner.shape[0] / sums.tokens)
-    ridge = RIDGE * scarce**POWER * inner.diagonal().mean()
+    ridge = RIDGE * scarce**3 * inner.diagonal().mean()
     if not ridge > 0:
         return None
     inner.diagonal().add_(ridge)
