@@ -116,10 +116,14 @@ class MLPView:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """The formula, in plain torch: [T, D] -> [T, D]."""
+        return F.linear(self.activations(x), self.down, self.down_bias)
+
+    def activations(self, x: torch.Tensor) -> torch.Tensor:
+        """h for x: [T, D] -> [T, F]."""
         h = activate(F.linear(x, self.gate, self.gate_bias), activation_code(self.act))
         if self.up is not None:
             h = h * F.linear(x, self.up, self.up_bias)
-        return F.linear(h, self.down, self.down_bias)
+        return h
 
 
 Layout = Callable[[str, nn.Module, nn.Module], "list[MLPView] | None"]
@@ -378,6 +382,12 @@ def _verify(views: list[MLPView]) -> None:
             view.module.train(training)
         want = view.apply(x)
         tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
+        if not torch.isfinite(want).all():
+            neuron = int((~torch.isfinite(view.activations(x))).any(0).int().argmax())
+            raise InputError(
+                f"{view.name}: neuron {neuron} gives NaN or Inf in "
+                f"{str(x.dtype).removeprefix('torch.')} for inputs of size 1; use bf16 or fp32"
+            )
         error = (got - want).float().norm() / want.float().norm().clamp_min(1e-20)
         if not error < tolerance:
             raise InputError(
@@ -421,3 +431,35 @@ def decoder_layers(model: nn.Module, views: list[MLPView]) -> list[nn.Module]:
 def fingerprint(views: list[MLPView]) -> str:
     """A hash of the names, kinds, widths and hidden sizes: the same model pruned gives another."""
     return digest([(v.name, v.kind, v.act, v.width, v.down.shape[0]) for v in views])
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, views: list[MLPView]) -> None:
+    """Raise InputError if a weight in memory is NaN or Inf, naming the MLP and neuron it is of.
+
+    Cost:
+        One read of the weights.
+    """
+    for view in views:
+        if not view.readable:
+            continue
+        for role, matrix, axis in (
+            ("gate", view.gate, 1),
+            ("up", view.up, 1),
+            ("down", view.down, 0),
+        ):
+            if matrix is None or torch.isfinite(matrix).all():
+                continue
+            neuron = int((~torch.isfinite(matrix)).any(axis).nonzero()[0])
+            raise InputError(
+                f"{view.name}: the {role} weights of neuron {neuron} are not finite (NaN or Inf); "
+                "the model is broken: get its weights anew, or load them in bf16 or fp32"
+            )
+    seen = {id(slot.parameter) for view in views for slot in view.slots.values()}
+    for name, parameter in model.named_parameters():
+        known = id(parameter) in seen or parameter.is_meta or not parameter.is_floating_point()
+        if not known and not torch.isfinite(parameter).all():
+            raise InputError(
+                f"{name}: holds NaN or Inf; the model is broken: get its weights anew, or load "
+                "them in bf16 or fp32"
+            )

@@ -17,7 +17,7 @@ from prunekit.batching import Batch
 # CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
 _ROUND = 32
 _HEAD_BYTES = 1 << 26  # of fp32 logits at a time
-_KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
+KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
 
 
 def padded(batch: Batch) -> torch.Tensor:
@@ -60,7 +60,7 @@ def loss_backward(
     """
     layers = decoder_layers(model, list(views))
     with ExitStack() as stack:
-        if batch_tokens * _kept_bytes(views) > _KEPT_BYTES:
+        if batch_tokens * kept_bytes(views) > KEPT_BYTES:
             stack.enter_context(_checkpointed(layers))
         embeddings = model.get_input_embeddings()
         stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
@@ -82,7 +82,7 @@ def loss_backward(
         yield run
 
 
-def _kept_bytes(views: Sequence[MLPView]) -> int:
+def kept_bytes(views: Sequence[MLPView]) -> int:
     """What a token leaves behind in all layers: four of width F, and about 16 of D."""
     layers = {view.layer: view.down.shape[0] for view in views}
     size = views[0].gate.element_size()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunekit import ops
-from prunekit.arch import MLPView, decoder_of, find_mlps, fingerprint
+from prunekit.arch import MLPView, check_finite, decoder_of, find_mlps, fingerprint
 from prunekit.batching import Batch, Tokens, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
@@ -128,6 +128,8 @@ def calibrate(
     """
     if max_length < 1 or batch_tokens < 1:
         raise InputError("calibrate: max_length and batch_tokens must be at least 1")
+    views = find_mlps(model, verify=False)
+    check_finite(model, views)
     views = find_mlps(model)
     corpora = {"target": [as_corpus(target, tokenizer)]}
     if distractors:
@@ -162,6 +164,7 @@ def calibrate(
                 replayed[name] = prompts
             recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
             _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
+            _check_finite(views, name, recorder.sums)
             if (gradients or taylor) and whole:
                 options = {"taylor": taylor, "quiet": quiet}
                 found = add_gradients(model, views, prompts, recorder.sums, **options)
@@ -170,7 +173,6 @@ def calibrate(
             classes[name] = [sums.finish() for sums in recorder.sums]
     finally:
         model.train(was_training)
-    _check_finite(views, classes)
     provenance = {
         "model": getattr(model.config, "_name_or_path", ""),
         "config": digest(model.config.to_dict()),
@@ -200,13 +202,12 @@ def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, qui
             bar.update(batch.tokens)
 
 
-def _check_finite(views: list[MLPView], classes: dict[str, list[NeuronSums]]) -> None:
-    for name, many in classes.items():
-        for view, sums in zip(views, many, strict=True):
-            bad = ~torch.isfinite(sums.token_square_sum)
-            if bad.any():
-                neuron = int(bad.nonzero()[0])
-                raise InputError(
-                    f"{view.name}: neuron {neuron} gave NaN or Inf on the {name} corpus "
-                    f"({int(bad.sum())} of {view.width} neurons did); check the weights or use bf16"
-                )
+def _check_finite(views: list[MLPView], name: str, many: list[NeuronSums]) -> None:
+    for view, sums in zip(views, many, strict=True):
+        bad = ~torch.isfinite(sums.token_square_sum)
+        if bad.any():
+            neuron = int(bad.nonzero()[0])
+            raise InputError(
+                f"{view.name}: neuron {neuron} gave NaN or Inf on the {name} corpus "
+                f"({int(bad.sum())} of {view.width} neurons did); check the weights or use bf16"
+            )

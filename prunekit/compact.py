@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prunekit import ops
-from prunekit.arch import MLPView, Slot, blocks, find_mlps, text_config
+from prunekit.arch import MLPView, Slot, blocks, check_finite, find_mlps, text_config
 from prunekit.compensate import (
     Repair,
     check_method,
@@ -48,8 +48,9 @@ def prune(
         The same model, smaller; ``model.prunekit`` records what was done.
 
     Raises:
-        InputError: the plan or the statistics belong to another model, or the repair lacks what it
-            needs; the model is then unchanged.
+        InputError: the plan or the statistics belong to another model, the repair lacks what it
+            needs, or weights are not finite, before or after the repair; the model is then
+            unchanged.
 
     Cost:
         2·F'·D·b bytes each for gate and up, D·(F + F')·b for down, and the repair's own.
@@ -57,6 +58,7 @@ def prune(
     views = find_mlps(model, verify=False)
     plan.check_model(views)
     _check_equal_widths(views, plan)
+    check_finite(model, views)
     if compensate is None:
         compensate = default_method(stats)
     check_method(compensate)
@@ -67,6 +69,7 @@ def prune(
         if compensate == "bias":
             _check_bias_slot(model, views)
     fixes = _repairs(model, views, plan, stats, compensate, quiet)
+    _check_repairs(views, fixes)
     with torch.no_grad():
         for indices in blocks(views):
             _compact_block(
@@ -93,6 +96,21 @@ def _repairs(
         return sequential(model, views, plan.kept, stats, quiet=quiet)
     triples = zip(views, stats.target, plan.kept, strict=True)
     return [repair(view, sums, kept, method) for view, sums, kept in triples]
+
+
+def _check_repairs(views: list[MLPView], fixes: list[Repair | None]) -> None:
+    """No model is written whose repaired weights its own dtype cannot hold."""
+    for view, fix in zip(views, fixes, strict=True):
+        if fix is None:
+            continue
+        dtype = view.down.dtype
+        parts = [fix.down] if fix.bias is None else [fix.down, fix.bias]
+        if not all(torch.isfinite(part.to(dtype)).all() for part in parts):
+            raise InputError(
+                f"{view.name}: its repaired down projection is not finite in "
+                f"{str(dtype).removeprefix('torch.')}; load the model in bf16 or fp32, or use "
+                "--compensate none"
+            )
 
 
 def _record(plan: PrunePlan, stats: NeuronStats | None, compensate: str) -> dict[str, Any]:

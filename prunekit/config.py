@@ -103,7 +103,11 @@ class PruneConfig:
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
     dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
-    dry_run: bool = option(False, "say what would be kept, and write nothing")
+    dry_run: bool = option(
+        False,
+        "say what would be kept, predict time, memory and disk, and write nothing; unless --stats, "
+        "--plan or budget ask for more, a config.json is enough",
+    )
     force: bool = option(False, "replace OUT if it exists")
     quiet: bool = option(False, "no progress bar")
 

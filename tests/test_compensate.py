@@ -8,10 +8,9 @@ import torch
 import prunekit as pk
 from prunekit import ops
 from prunekit.arch import find_mlps
-from prunekit.batching import batches
 from prunekit.compensate import RIDGE, importance, repair, sequential
 from prunekit.compensate.regression import FLOOR, Regression
-from prunekit.compensate.sequential import _Layer
+from prunekit.compensate.sequential import _groups, _Layer
 from prunekit.errors import InputError
 from prunekit.stats import NeuronSums
 from tests.models import logits, tiny_model
@@ -140,7 +139,7 @@ def test_sequential_solves_the_second_layer_on_the_pruned_first(llama, tokenizer
         patch.setattr(Regression, "_fit", spy)
         fixes = sequential(llama, views, kept, stats, quiet=True)
     ridge = chosen[-1]  # the last fit is the second layer's, on all prompts
-    groups = list(batches(stats.prompts, 1024))
+    groups = _groups(stats)
     weights = importance.token_weights(llama, views, stats)[1]
     prompts = weights.split([len(p.ids) for p in stats.prompts])
     weights = torch.cat([prompts[i] for batch in groups for i in batch.index])
@@ -218,7 +217,7 @@ def test_the_pruned_stream_is_that_of_the_pruned_model(name, tokenizer, texts, m
     monkeypatch.setattr(_Layer, "repair", repair_and_keep)
     pruned = copy.deepcopy(model)
     pk.prune(pruned, plan, stats=stats, compensate="sequential")
-    for batch, stream in zip(batches(stats.prompts, 1024), streams[-1], strict=True):
+    for batch, stream in zip(_groups(stats), streams[-1], strict=True):
         with torch.no_grad():
             out = pruned(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
         torch.testing.assert_close(out.hidden_states[-2], stream, rtol=1e-4, atol=1e-4)
@@ -238,14 +237,16 @@ def test_a_regression_is_weighted_least_squares_with_an_intercept():
     assert torch.allclose(torch.cat([change, shift[:, None]], 1), want, atol=1e-4)
 
 
-def test_held_out_batches_choose_a_strong_ridge_where_there_is_nothing_to_learn():
-    """Few tokens and errors that no neuron explains: the weakest ridge would fit the noise."""
+def test_held_out_batches_choose_no_change_where_there_is_nothing_to_learn():
+    """Few tokens and errors that no neuron explains: every ridge would fit noise."""
     problem = Regression(4, 60, torch.device("cpu"), intercept=False)
     for half in (False, True):
         noise = torch.randn(64, 4)
         problem.add(torch.randn(64, 60), noise, torch.ones(64), held_out=half)
     grams = [ops.symmetrize_(gram).double() for gram in problem.gram]
-    assert problem._choose(grams, list(problem.cross.double())) == 1.0
+    assert problem._choose(grams, list(problem.cross.double())) == float("inf")
+    change, _ = problem.solve()
+    assert not change.any()
 
 
 def test_fewer_tokens_than_neurons_and_dead_neurons_repair_finitely(llama, tokenizer):

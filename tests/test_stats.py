@@ -205,7 +205,9 @@ def test_statistics_do_not_grow_with_the_number_of_prompts(llama, tokenizer):
 def test_nan_weights_are_named_by_mlp_and_neuron(llama, tokenizer, texts):
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[5] = float("nan")
-    with pytest.raises(InputError, match=r"layers\.1\.mlp: neuron 5 gave NaN or Inf on the target"):
+    with pytest.raises(
+        InputError, match=r"layers\.1\.mlp: the up weights of neuron 5 are not finite"
+    ):
         pk.calibrate(llama, tokenizer, texts, quiet=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ class Output:
         """Print a line for people."""
         if not self.as_json:
             self.console.print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        """Print a line on stderr, whatever the form of the result."""
+        print(f"prunekit: {text}", file=sys.stderr)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print a table for people; the first column is left-aligned, the others right."""

@@ -6,11 +6,15 @@ import dataclasses
 import logging
 import time
 
+import torch
+
 from prunekit.allocation import sensitivity
 from prunekit.arch import find_mlps, fingerprint
+from prunekit.batching import Tokens
 from prunekit.calibrate import calibrate
 from prunekit.checkpoint import refuse_differing_widths, save, weight_bytes
 from prunekit.cli import search
+from prunekit.cli.forecast import LENGTH, PROMPTS, counted, forecast
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
@@ -30,9 +34,10 @@ from prunekit.experiment.goals import (
     sparsity_for_bytes,
 )
 from prunekit.files import check_output_folder
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.transformers import load, load_shape, load_tokenizer
+from prunekit.measure.cost import Work
 from prunekit.measure.memory import parameter_count
-from prunekit.plan import PrunePlan, check_sparsity, plan
+from prunekit.plan import PrunePlan, check_sparsity, kept_width, plan
 from prunekit.stats import NeuronStats
 
 logger = logging.getLogger(__name__)
@@ -53,6 +58,9 @@ def run(config: PruneConfig, output: Output) -> int:
     _check(config)
     if config.max_loss_rise:
         return _search(config, output)
+    needs_more = config.stats or config.plan or config.target_speedup or _shares(config)
+    if config.dry_run and not needs_more:
+        return _dry_run(config, output)
     given = PrunePlan.load(config.plan) if config.plan else None
     if given and config.output and not config.dry_run:
         _check_savable(given)
@@ -68,13 +76,17 @@ def run(config: PruneConfig, output: Output) -> int:
         gathers = gathered_for(config.criterion, repaired=repaired) if scored else ()
         if _shares(config):
             gathers = (*gathers, *CRITERIA[FISHER].gathers)
+        gram, gradients = repaired or "gram" in gathers, "gradient_gram" in gathers
+        if not config.quiet:
+            work = _work(config, *counted(config))
+            output.note(forecast(model, work, _uniform(config, model, sparsity)).line())
         stats = calibrate(
             model,
             tokenizer,
             joined(target),
             distractors,
-            gram=repaired or "gram" in gathers,
-            gradients="gradient_gram" in gathers,
+            gram=gram,
+            gradients=gradients,
             taylor="taylor" in gathers,
             off_task=config.keep_off_task > 0,
             max_length=config.max_length,
@@ -104,6 +116,11 @@ def run(config: PruneConfig, output: Output) -> int:
     if config.dry_run:
         chosen.check_model(find_mlps(model, verify=False))
         output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
+        prompts = (stats.prompts if stats else None) or []
+        work = dataclasses.replace(_work(config, prompts, []), calibrates=False, method=method)
+        found = forecast(model, work, chosen.widths())
+        found.show(output)
+        facts["forecast"] = found.facts()
         if len(set(chosen.widths())) > 1:
             output.line(f"widths by layer: {' '.join(map(str, chosen.widths()))}")
         output.json(facts)
@@ -133,6 +150,67 @@ def run(config: PruneConfig, output: Output) -> int:
     return 0
 
 
+def _dry_run(config: PruneConfig, output: Output) -> int:
+    """Say what a run would keep and take, from the model's shape and the number of tokens."""
+    target, distractors = counted(config)
+    model = load_shape(config.model, dtype=config.dtype)
+    sparsity = _sparsity(config, model, output)
+    widths, dense = (
+        _uniform(config, model, sparsity),
+        [v.width for v in find_mlps(model, verify=False)],
+    )
+    work = _work(config, target, distractors)
+    kept = tuple(torch.arange(width, dtype=torch.int32) for width in widths)
+    chosen = PrunePlan(kept, tuple(dense), {"sparsity": sparsity})
+    output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
+    found = forecast(model, work, widths)
+    found.show(output)
+    if not config.target and work.gram:
+        output.line(f"no --target: taken to be {PROMPTS} prompts of {LENGTH} tokens")
+    output.json(
+        {
+            "model": config.model,
+            "sparsity_asked": sparsity,
+            "sparsity": chosen.sparsity,
+            "widths": widths,
+            "dense_widths": dense,
+            "compensate": work.method,
+            "parameters_dense": parameter_count(model),
+            "forecast": found.facts(),
+        }
+    )
+    return 0
+
+
+def _uniform(config: PruneConfig, model, sparsity: float) -> list[int]:
+    """The widths that stay, as far as they are known without statistics."""
+    views = find_mlps(model, verify=False)
+    if not sparsity:  # a plan's own
+        return [kept.numel() for kept in PrunePlan.load(config.plan).kept]
+    return [kept_width(view.width, sparsity, config.multiple_of) for view in views]
+
+
+def _work(config: PruneConfig, target: list[Tokens], distractors: list[Tokens]) -> Work:
+    """What a run of these options does for prompts of a target and of its distractors."""
+    drawn = config.strategy == "random" or not get_criterion(config.criterion).needs or config.plan
+    method = _method(config, has_target=bool(config.target) or not drawn)
+    repaired = _solves(method)
+    gathers = () if drawn else gathered_for(config.criterion, repaired=repaired)
+    if _shares(config):
+        gathers = (*gathers, *CRITERIA[FISHER].gathers)
+    both = target + distractors if config.keep_off_task else target
+    return Work(
+        tokens=sum(len(p.ids) for p in both),
+        prompts=len(both),
+        gram=repaired or "gram" in gathers,
+        gradients="gradient_gram" in gathers or "taylor" in gathers,
+        eliminates="gram" in gathers,
+        method=method,
+        calibrates=bool(config.target) or not drawn,
+        others=0 if config.keep_off_task else sum(len(p.ids) for p in distractors),
+    )
+
+
 def _check(config: PruneConfig) -> None:
     if not config.output and not config.dry_run:
         raise InputError("needs -o OUT (or --dry-run); see `prunekit prune --help`")
@@ -149,8 +227,8 @@ def _check(config: PruneConfig) -> None:
     _check_contrast(config, criterion)
     if config.stats and config.target:
         raise InputError("give --stats or --target, not both")
-    informed = config.stats or config.target
-    if _shares(config) and not informed:
+    informed = config.stats or config.target or config.dry_run
+    if _shares(config) and not (config.stats or config.target):
         raise InputError("--allocation budget: needs --target FILE or --stats STATS")
     drawn = config.strategy == "random" or not criterion.needs or config.plan
     if not informed and (not drawn or _method(config, has_target=False) != "none"):

@@ -14,6 +14,7 @@ from prunekit.stats import NeuronSums
 logger = logging.getLogger(__name__)
 
 RIDGE = 1e-3  # times the mean of the Gram matrix's diagonal
+TOKENS_A_NEURON = 8  # that suffice for this ridge
 
 
 def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
@@ -21,7 +22,7 @@ def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
 
     With C = HᵀH, kept S and removed R: W' = W[:,S] + W[:,R]·C[R,S]·(C[S,S] + λI)⁻¹, which is
     argmin ‖H·Wᵀ - H[:,S]·W'ᵀ‖² + λ‖W' - W[:,S]‖². Where the model has a bias, C is centred and the
-    bias takes the difference of the means.
+    bias takes the difference of the means. λ grows where there are fewer than 8 tokens a neuron.
 
     Cost:
         F'³/3 + 2·D·F'² FLOP in fp64, 8·F² bytes.
@@ -32,7 +33,9 @@ def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
     gram = sums.second_moment(centred=bias is not None)
     removed = removed_mask(view.width, kept)
     inner = gram[kept][:, kept]
-    ridge = RIDGE * inner.diagonal().mean()
+    # With few tokens for so many neurons C says little of how others will correlate.
+    scarce = max(1.0, TOKENS_A_NEURON * inner.shape[0] / sums.tokens)
+    ridge = RIDGE * scarce**3 * inner.diagonal().mean()
     if not ridge > 0:
         return None
     inner.diagonal().add_(ridge)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from prunekit import ops
@@ -16,7 +18,8 @@ class Regression:
     The ridge is in each neuron's own units, λ·diag(C): what shrinks is the correlation between
     neurons, which too few tokens overstate, and never one neuron because another is large. Both
     halves (fitted, held out) are summed apart, every ridge is fitted on the first and measured on
-    the second, and the best one solves for both together.
+    the second, and the best one solves for both together; where none is better on the second than
+    no change at all, there is no change.
 
     Args:
         outputs, inputs: D, F'.
@@ -57,7 +60,7 @@ class Regression:
         inputs = total.shape[0] - self.intercept
         if not total.diagonal()[:inputs].any():
             return None
-        ridge = self._choose(grams, crosses) if min(self.weight) > 0 else RIDGES[-2]
+        ridge = self._choose(grams, crosses) if min(self.weight) > 0 else RIDGES[-1]
         solution = self._fit(total, cross, ridge).cpu()
         return solution[:, :inputs], solution[:, inputs] if self.intercept else None
 
@@ -66,9 +69,12 @@ class Regression:
             x = self._fit(grams[0], crosses[0], ridge)
             return float(((x @ grams[1]) * x).sum() - 2 * (x * crosses[1]).sum())
 
-        return min(RIDGES, key=held_out_error)
+        best, ridge = min((held_out_error(ridge), ridge) for ridge in RIDGES)
+        return ridge if best < 0 else math.inf  # 0 is what no change at all gives
 
     def _fit(self, gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+        if ridge == math.inf:
+            return torch.zeros_like(cross)
         inputs = gram.shape[0] - self.intercept
         floor = FLOOR * gram.diagonal()[:inputs].mean()
         for _ in range(8):

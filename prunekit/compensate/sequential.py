@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import MLPView, decoder_layers
-from prunekit.batching import batches
+from prunekit.batching import Batch, batches
 from prunekit.compensate.base import Repair
 from prunekit.compensate.importance import token_weights
 from prunekit.compensate.lstsq import lstsq
@@ -73,7 +73,7 @@ def sequential(
     layers = decoder_layers(model, list(views))
     members = [_members(layer, views) for layer in layers]
     alone = [m[0] for m in members if len(m) == 1 and views[m[0]].kind != "experts"]
-    groups = list(batches(stats.prompts, BATCH_TOKENS))
+    groups = _groups(stats)
     was_training = model.training
     model.eval()
     try:
@@ -83,6 +83,12 @@ def sequential(
             return _walk(model, views, kept, stats, layers, members, weights, groups, quiet)
     finally:
         model.train(was_training)
+
+
+def _groups(stats: NeuronStats) -> list[Batch]:
+    """Batches; of few prompts small ones, so that some can be held out and some are left."""
+    total = sum(len(p.ids) for p in stats.prompts)
+    return list(batches(stats.prompts, min(BATCH_TOKENS, total // (2 * HELD_OUT) + 1)))
 
 
 def _by_batch(weights: torch.Tensor, stats: NeuronStats, groups) -> list[torch.Tensor]:

@@ -61,6 +61,32 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def load_shape(model: str, *, dtype: str = "auto") -> Any:
+    """A model without weights, on the meta device: what its config.json alone says of it.
+
+    Args:
+        model: as for `load`; of a folder or hub id only the configuration is read.
+        dtype: as for `load`; auto takes the configuration's (bf16 for GGUF files).
+
+    Raises:
+        InputError: the configuration cannot be found or read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, options = _source(str(model))
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        wanted = _DTYPES["bf16" if dtype == "auto" and options else dtype]
+        if wanted == "auto":
+            wanted = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {model}: cannot be read: {_first_line(error)}") from error
+
+
 def load(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> Any:
     """Load a causal language model, dense or pruned, in evaluation mode.
 
