@@ -22,6 +22,7 @@ _KIND = "sensitivity"
 _POINTS = 64  # of a curve
 LEAST, MOST = 0.5, 1.5  # of the share that uniform keeps: errors compound, so no layer pays for all
 OUTLIER = 2.0  # times the median of all curves: none is believed to be dearer
+BELIEF = 0.5  # exponent of a curve over that median: curves say too much about how layers differ
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,11 @@ def sensitivity(scores: Sequence[torch.Tensor], model: nn.Module) -> Sensitivity
         model: the dense model that was scored.
 
     Returns:
-        A curve of at most 64 widths for each MLP, and one for all the experts of a layer together.
-        No curve rises above twice the median of all (taken as fractions of F): the criterion takes
-        a token's activation and its gradient as independent, and where one token in a hundred has
-        enormous activations and no gradient at all that says far too much.
+        A curve of at most 64 widths for each MLP, and one for all the experts of a layer together,
+        drawn half way (geometrically) towards the median of all curves as fractions of F. The
+        criterion takes a token's activation and its gradient as independent, which says too much
+        about how layers differ; where one token in a hundred has enormous activations and no
+        gradient it says far too much, so that none counts as dearer than twice the median.
 
     Raises:
         InputError: the scores do not fit the model, or are not finite.
@@ -121,7 +123,8 @@ def sensitivity(scores: Sequence[torch.Tensor], model: nn.Module) -> Sensitivity
         )
     groups = tuple(tuple(block) for block in blocks(views))
     curves = np.stack([sum(_curve(scores[i]) for i in group) for group in groups])
-    curves = np.minimum(curves, OUTLIER * np.median(curves, axis=0))
+    median = np.median(curves, axis=0)
+    curves = median ** (1 - BELIEF) * np.minimum(curves, OUTLIER * median) ** BELIEF
     grids, losses = [], []
     for group, curve in zip(groups, curves, strict=True):
         widths, first = np.unique(_grid(dense[group[0]]), return_index=True)

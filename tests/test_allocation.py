@@ -131,22 +131,21 @@ def test_budget_asks_for_the_sensitivity_of_this_model():
 
 def test_the_curve_of_scores_is_the_cost_of_what_had_to_go(llama):
     """At width w the F - w lowest scores are gone, and the highest of them is the cost."""
-    widths = [view.width for view in find_mlps(llama)]
-    scores = [torch.rand(w) + i for i, w in enumerate(widths)]
-    found = pk.sensitivity(scores, llama)
-    for values, grid, losses in zip(scores, found.widths, found.losses, strict=True):
-        assert grid[-1] == values.numel()
-        assert losses[-1] == 0
-        for width, loss in zip(grid[:-1], losses[:-1], strict=True):
-            assert loss == values.sort().values[values.numel() - width - 1].item()
+    scores = torch.rand(find_mlps(llama)[0].width)
+    found = pk.sensitivity([scores, scores], llama)
+    assert found.widths[0][-1] == 96
+    assert found.losses[0][-1] == 0
+    for width, loss in zip(found.widths[0][:-1], found.losses[0][:-1], strict=True):
+        assert loss == pytest.approx(scores.sort().values[96 - width - 1].item())
 
 
-def test_an_outlier_counts_as_twice_the_median():
-    model = tiny_model("llama", num_hidden_layers=3)
+def test_a_curve_is_believed_half_way_and_up_to_twice_the_median():
+    model = tiny_model("llama", num_hidden_layers=5)
     scores = torch.rand(find_mlps(model)[0].width)
-    found = pk.sensitivity([scores, 1000 * scores, scores], model)
-    assert found.losses[0] == found.losses[2]
-    assert found.losses[1] == tuple(2 * loss for loss in found.losses[0])
+    found = pk.sensitivity([scores * k for k in (0.25, 1, 1, 1.44, 1000)], model)
+    curves = np.array(found.losses)[:, :-1]
+    for curve, factor in zip(curves, (0.5, 1, 1, 1.2, 2**0.5), strict=True):
+        assert curve == pytest.approx(factor * curves[1], rel=1e-5)
 
 
 def test_experts_of_a_layer_share_a_curve():
