@@ -44,7 +44,8 @@ def loss_backward(
 ) -> Iterator[Callable[[Batch], None]]:
     """Inside, a function that runs a batch forwards and its next-token loss backwards.
 
-    The loss is summed over all tokens of the prompts. Where the model's logits are what its head
+    The loss is summed over the tokens of the completions, or all tokens of plain text
+    (`Tokens.scored`), as `evaluate_loss` measures it. Where the model's logits are what its head
     gives for the decoder's output, loss and gradient are computed some tokens at a time and never
     lie in memory as a whole; where they are more (capped, scaled), they do.
 
@@ -90,10 +91,11 @@ def kept_bytes(views: Sequence[MLPView]) -> int:
 
 
 def _labels(batch: Batch, ids: torch.Tensor) -> torch.Tensor:
-    """The token that each position is to predict, [B, S]; -100 where there is none."""
+    """The token that each position is to predict, [B, S]; -100 where none is scored."""
     positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    known = positions < torch.tensor(batch.lengths, device=ids.device)[:, None]
-    return ids.roll(-1, dims=1).masked_fill(~known, -100)
+    first, end = torch.tensor([batch.scored, batch.lengths], device=ids.device)[..., None]
+    scored = (positions >= first) & (positions < end)
+    return ids.roll(-1, dims=1).masked_fill(~scored, -100)
 
 
 def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -35,13 +35,13 @@ def add_gradients(
 ) -> list[torch.Tensor | None]:
     """Fill `gradient_gram` of every MLP's sums from the next-token loss, and `taylor` if asked to.
 
-    The loss is summed over a prompt's tokens. For `taylor` prompts go one by one, since the
-    absolute value is taken of a prompt's gradient: the result depends on no batch size.
+    The loss is that of the completions (`loss_backward`). For `taylor` prompts go one by one, since
+    the absolute value is taken of a prompt's gradient: the result depends on no batch size.
 
     Args:
         model: a transformers causal language model, in evaluation mode.
         views: its MLPs.
-        prompts: encoded; one of a single token has no next token, and adds nothing.
+        prompts: encoded; one without a token to score adds nothing.
         sums: one an MLP, changed in place; `gradient_gram` holds its upper triangle until `finish`.
         taylor: also gather the weights' gradients.
         quiet: no progress bar.
