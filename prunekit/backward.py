@@ -44,10 +44,10 @@ def loss_backward(
 ) -> Iterator[Callable[[Batch], None]]:
     """Inside, a function that runs a batch forwards and its next-token loss backwards.
 
-    The loss is summed over the tokens of the completions, or all tokens of plain text
-    (`Tokens.scored`), as `evaluate_loss` measures it. Where the model's logits are what its head
-    gives for the decoder's output, loss and gradient are computed some tokens at a time and never
-    lie in memory as a whole; where they are more (capped, scaled), they do.
+    The loss is summed over the tokens of the completions (`Tokens.scored`), which are what the
+    pruned model will be asked for; of plain text over all. Where the model's logits are what its
+    head gives for the decoder's output, loss and gradient are computed some tokens at a time and
+    never lie in memory as a whole; where they are more (capped, scaled), they do.
 
     Args:
         model: a transformers causal language model, in evaluation mode.
@@ -91,11 +91,13 @@ def kept_bytes(views: Sequence[MLPView]) -> int:
 
 
 def _labels(batch: Batch, ids: torch.Tensor) -> torch.Tensor:
-    """The token that each position is to predict, [B, S]; -100 where none is scored."""
-    positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    first, end = torch.tensor([batch.scored, batch.lengths], device=ids.device)[..., None]
-    scored = (positions >= first) & (positions < end)
-    return ids.roll(-1, dims=1).masked_fill(~scored, -100)
+    """The token that each position is to predict, [B, S]; -100 where there is none to score."""
+    following = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    first, end = (
+        torch.tensor(t, device=ids.device)[:, None] for t in (batch.scored, batch.lengths)
+    )
+    known = (following >= first) & (following < end)
+    return ids.roll(-1, dims=1).masked_fill(~known, -100)
 
 
 def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -35,8 +36,10 @@ def add_gradients(
 ) -> list[torch.Tensor | None]:
     """Fill `gradient_gram` of every MLP's sums from the next-token loss, and `taylor` if asked to.
 
-    The loss is that of the completions (`loss_backward`). For `taylor` prompts go one by one, since
-    the absolute value is taken of a prompt's gradient: the result depends on no batch size.
+    The loss is summed over the tokens of a prompt's completion, of plain text over all; over all,
+    too, where no prompt's completion has a token (they were cut). For `taylor` prompts go one by
+    one, since the absolute value is taken of a prompt's gradient: the result depends on no batch
+    size.
 
     Args:
         model: a transformers causal language model, in evaluation mode.
@@ -80,6 +83,8 @@ def output_gradients(
 
 
 def _run(model, views, prompts, sums, taylor: bool, quiet: bool) -> list[torch.Tensor | None]:
+    if not any(max(p.scored, 1) < len(p.ids) for p in prompts):
+        prompts = [replace(p, scored=0) for p in prompts]
     total = sum(len(p.ids) for p in prompts)
     groups = list(batches(prompts, 1 if taylor else BATCH_TOKENS))
     outputs = _Outputs(views, sums, prompts)

@@ -61,7 +61,7 @@ class NeuronSums:
             written before it was kept.
         gram: fp32 [F, F], HᵀH, or None; symmetric.
         taylor: fp64, over prompts, of the sum over the neuron's weights of abs(w·∂loss/∂w), the
-            loss summed over the prompt's tokens; or None.
+            loss summed over the completion's tokens; or None.
         gradient_gram: fp32 [D, D], Σ g gᵀ over tokens, g the gradient of that loss with respect to
             this MLP's output; or None; symmetric.
     """

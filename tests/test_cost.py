@@ -46,7 +46,8 @@ CONFIGS = {
 
 def work(**options):
     plain = {"tokens": 1000, "prompts": 10, "gram": True, "gradients": True}
-    return Work(**(plain | {"eliminates": True, "method": "sequential"} | options))
+    plain |= {"scored": options.get("tokens", 1000), "eliminates": True, "method": "sequential"}
+    return Work(**(plain | options))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from prunekit import backward
 from prunekit.arch import find_mlps
 from prunekit.batching import Tokens, batches
 from prunekit.errors import InputError
-from prunekit.gradients import add_gradients
+from prunekit.gradients import add_gradients, output_gradients
 from prunekit.stats import NeuronStats, NeuronSums
 from tests.models import tiny_model
 
@@ -157,6 +157,34 @@ def test_the_squares_are_each_tokens_in_the_prompts_order(
         stats.gradient_squares, stats.merge(stats).gradient_squares, strict=True
     ):
         assert torch.equal(twice, mine.repeat(2))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_loss_is_that_of_the_completions(name):
+    model = tiny_model(name)
+    prompts = [Tokens((4, 5, 6, 7, 8), 3), Tokens((9, 10), 2), Tokens((11, 12, 13), 0)]
+    squares = output_gradients(model, find_mlps(model), prompts, quiet=True)
+    wide, outputs, want = in_fp64(model), [], [[], []]
+    for view in find_mlps(wide):
+        view.down_owner.register_forward_hook(lambda _, args, out: outputs.append(out))
+    for prompt, first in zip(prompts, (3, 2, 1), strict=True):
+        outputs.clear()
+        logits = wide(input_ids=torch.tensor([prompt.ids]), use_cache=False).logits[0]
+        picked, labels = logits[first - 1 : -1], torch.tensor(prompt.ids[first:]).long()
+        loss = F.cross_entropy(picked, labels, reduction="sum")
+        for mine, g in zip(want, torch.autograd.grad(loss, outputs), strict=True):
+            mine.append(g[0].square().sum(-1))
+    for found, rows in zip(squares, want, strict=True):
+        torch.testing.assert_close(found.double(), torch.cat(rows), rtol=1e-3, atol=1e-7)
+
+
+def test_where_every_completion_was_cut_all_tokens_count(llama):
+    views = find_mlps(llama)
+    cut, whole = (
+        output_gradients(llama, views, [Tokens((4, 5, 6, 7), scored)], quiet=True)
+        for scored in (4, 0)
+    )
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(cut, whole, strict=True))
 
 
 @pytest.mark.parametrize(("name", "bare"), [("llama", True), ("gemma2", False), ("gpt2", True)])

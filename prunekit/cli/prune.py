@@ -207,6 +207,7 @@ def _work(config: PruneConfig, target: list[Tokens], distractors: list[Tokens]) 
         eliminates="gram" in gathers,
         method=method,
         calibrates=bool(config.target) or not drawn,
+        scored=sum(max(len(p.ids) - max(p.scored, 1), 0) for p in both),
         others=0 if config.keep_off_task else sum(len(p.ids) for p in distractors),
     )
 

@@ -1,11 +1,12 @@
 """What pruning will cost on this machine: time and memory by phase, from shapes alone.
 
 With L layers, hidden size D, width F (F' kept), P the decoder layers' weights, V·D the
-head's, T tokens in prompts of S, b bytes a weight. FLOP of products:
+head's, T tokens in prompts of S, T' of them in completions, b bytes a weight. FLOP of products:
 
     forward      2·T·P                        every statistic
     Gram         T·F² an MLP                  one triangle, in fp32
-    gradients    4·T·(P + V·D) + T·D² an MLP  2·T·P more where activations do not fit (`backward`)
+    gradients    4·T·P + 4·T'·V·D             2·T·P more where activations do not fit
+                 + T·D²                       an MLP
     score        5/3·F³ + D·F² + 10·D³        an MLP, in fp64: inverse, elimination, root
     repair       4·T·P + T·F'² + 4·T·D·F'     in fp32 that multiplies as the weights' dtype
                  + 6·(F'³/3 + 2·D·F'²)        an MLP, in fp64: five ridges and the best once more
@@ -121,7 +122,8 @@ class Work:
     """What a run does: T tokens in prompts of S on average, what is gathered, and how it ends.
 
     ``calibrates`` is False where statistics are at hand; ``eliminates`` where the criterion is one
-    of reconstruction; ``others`` counts the distractors' tokens, which only run forwards.
+    of reconstruction; ``others`` counts the distractors' tokens, which only run forwards,
+    ``scored`` those of T that the loss is taken of.
     """
 
     tokens: int
@@ -132,6 +134,7 @@ class Work:
     method: str
     calibrates: bool = True
     others: int = 0
+    scored: int = 0
 
 
 def _routed(model: nn.Module, views: list[MLPView]) -> float:
@@ -230,10 +233,10 @@ def _forward(shape: Shape, rates: Rates, work: Work, base: float) -> Phase:
 def _gradients(shape: Shape, rates: Rates, work: Work, base: float) -> Phase:
     held = BATCH_TOKENS * shape.kept
     again = held > KEPT_BYTES
-    products = work.tokens * ((6 if again else 4) * shape.decoder + 4 * shape.head)
+    products = work.tokens * (6 if again else 4) * shape.decoder + 4 * work.scored * shape.head
     grams = work.tokens * sum(part for _, part in shape.mlps) * shape.hidden**2
     around = _around(shape, rates, work, rates.products, shape.itemsize) * (4 if again else 3)
-    loss = 40 * work.tokens * shape.vocabulary / rates.copy
+    loss = 40 * work.scored * shape.vocabulary / rates.copy
     seconds = products / rates.products + grams / rates.wide + around + loss
     held = held / shape.layers + BATCH_TOKENS * shape.layers * 2 * shape.hidden if again else held
     return Phase("gradients", products + grams, seconds, base + _SLACK * held + 3 * (1 << 26))
