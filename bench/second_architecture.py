@@ -45,9 +45,9 @@ PROMPT = 600  # characters of a prompt
 CALIBRATION, HELD_OUT = 192, 80
 SPARSITIES = (0.2, 0.35, 0.5)
 DEFAULT = "prunekit's default"
-RIVALS = (  # each with the repair it was published with
+RIVALS = (  # each with the repair it was published with, but for FLAP's bias: Qwen2 has no slot
     ("wanda", "lstsq"),
-    ("fluctuation", "bias"),
+    ("fluctuation", "none"),
     ("selectivity", "none"),
     ("wanda_sp", "none"),
     ("mean_abs", "none"),

@@ -77,24 +77,6 @@ def test_the_output_gradients_gram_equals_autograd(name, tokenizer, texts):
         assert (sums.gradient_gram.double() - want).abs().max() < 1e-4 * want.abs().max()
 
 
-def test_the_loss_is_that_of_the_completion_alone(llama, tokenizer, texts):
-    ids = tokenizer(texts[0]).input_ids
-    for scored in (0, 1, len(ids) // 2, len(ids)):
-        wide, outputs = in_fp64(llama), []
-        for view in find_mlps(wide):
-            view.down_owner.register_forward_hook(lambda _, args, out, to=outputs: to.append(out))
-        logits = wide(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
-        kept = slice(max(scored, 1) - 1, None)
-        loss = F.cross_entropy(logits[kept], torch.tensor(ids[1:])[kept], reduction="sum")
-        gradients = torch.autograd.grad(loss, outputs)
-        views = find_mlps(llama)
-        sums = [NeuronSums.zeros(v.width, "cpu") for v in views]
-        found = add_gradients(llama, views, [Tokens(tuple(ids), scored)], sums, quiet=True)
-        for squares, g in zip(found, gradients, strict=True):
-            want = g[0].square().sum(-1)
-            assert (squares.double() - want).abs().max() <= 1e-4 * want.abs().max()
-
-
 def test_an_experts_gram_is_of_the_gradients_of_its_own_output(tokenizer, texts):
     """Each expert run by itself: its output is a tensor of its own, before the router's weight."""
     model = tiny_model("mixtral")
