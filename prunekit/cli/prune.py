@@ -11,7 +11,7 @@ from prunekit.checkpoint import save, weight_bytes
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
-from prunekit.compensate import check_method, default_method
+from prunekit.compensate import check_budget, check_method, default_method
 from prunekit.config import PruneConfig
 from prunekit.criteria import score
 from prunekit.criteria.auto import gathered_for, resolved
@@ -79,7 +79,15 @@ def run(config: PruneConfig, output: Output) -> int:
         output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
         output.json(facts)
         return 0
-    prune(model, chosen, stats=stats, compensate=method, quiet=config.quiet)
+    prune(
+        model,
+        chosen,
+        stats=stats,
+        compensate=method,
+        minutes=config.minutes,
+        steps=config.steps or None,
+        quiet=config.quiet,
+    )
     seconds = time.perf_counter() - begun
     folder = save(model, tokenizer, config.output, force=config.force)
     after = parameter_count(model)
@@ -110,6 +118,7 @@ def _check(config: PruneConfig) -> None:
         raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
     if config.compensate:
         check_method(config.compensate)
+        check_budget(config.minutes, config.steps or None)
     criterion = get_criterion(config.criterion)
     if config.stats and config.target:
         raise InputError("give --stats or --target, not both")
