@@ -12,9 +12,14 @@ from torch import nn
 from prunekit import ops
 from prunekit.arch import MLPView, Slot, blocks, check_finite, find_mlps, text_config
 from prunekit.compensate import (
+    MINUTES,
     Repair,
+    Teacher,
+    check_budget,
     check_method,
+    check_prompts,
     default_method,
+    distill,
     repair,
     sequential,
 )
@@ -32,6 +37,8 @@ def prune(
     *,
     stats: NeuronStats | None = None,
     compensate: str | None = None,
+    minutes: float = MINUTES,
+    steps: int | None = None,
     quiet: bool = True,
 ) -> nn.Module:
     """Remove the neurons that a plan does not keep, in place, and repair the down projections.
@@ -40,8 +47,11 @@ def prune(
         model: the dense model that the plan was made for.
         plan: from `plan`.
         stats: what `calibrate` found; needed by every repair.
-        compensate: none, bias, lstsq or sequential; None takes sequential where stats were
+        compensate: none, bias, lstsq, sequential, or distill: sequential, then training to imitate
+            the dense model on the calibration's prompts. None takes sequential where stats were
             calibrated with ``gram=True``, else none.
+        minutes: how long distill trains.
+        steps: how many steps it takes instead.
         quiet: no progress bar.
 
     Returns:
@@ -53,7 +63,8 @@ def prune(
             unchanged.
 
     Cost:
-        2·F'·D·b bytes each for gate and up, D·(F + F')·b for down, and the repair's own.
+        2·F'·D·b bytes each for gate and up, D·(F + F')·b for down, and the repair's own. distill
+        keeps what the dense model says (`Teacher`), 384 bytes a token, and not the dense model.
     """
     views = find_mlps(model, verify=False)
     plan.check_model(views)
@@ -68,6 +79,11 @@ def prune(
         stats.check_model(views)
         if compensate == "bias":
             _check_bias_slot(model, views)
+    teacher = None
+    if compensate == "distill":
+        check_budget(minutes, steps)
+        check_prompts("distill", views, stats)
+        teacher = Teacher(model, stats.prompts, quiet=quiet)
     fixes = _repairs(model, views, plan, stats, compensate, quiet)
     _check_repairs(views, fixes)
     with torch.no_grad():
@@ -79,6 +95,9 @@ def prune(
             )
     _update_config(model, views, plan, opens_bias=compensate == "bias")
     model.prunekit = _record(plan, stats, compensate)
+    if teacher is not None:
+        taken = distill(model, views, teacher, minutes=minutes, steps=steps, quiet=quiet)
+        model.prunekit["distill_steps"] = taken
     return model
 
 
@@ -92,7 +111,7 @@ def _repairs(
 ) -> list[Repair | None]:
     if method == "none":
         return [None] * len(views)
-    if method == "sequential":
+    if method in ("sequential", "distill"):
         return sequential(model, views, plan.kept, stats, quiet=quiet)
     triples = zip(views, stats.target, plan.kept, strict=True)
     return [repair(view, sums, kept, method) for view, sums, kept in triples]

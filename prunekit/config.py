@@ -93,10 +93,13 @@ class PruneConfig:
     )
     compensate: str = option(
         "",
-        "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer); by "
-        "default sequential where there are statistics for it, else none",
-        metavar="{none,bias,lstsq,sequential}",
+        "repair: none, bias, lstsq (each MLP for itself), sequential (layer by layer), distill "
+        "(then trained to imitate the dense model); by default sequential where there are "
+        "statistics for it, else none",
+        metavar="{none,bias,lstsq,sequential,distill}",
     )
+    minutes: float = option(10.0, "how long --compensate distill trains")
+    steps: int = option(0, "how many steps it trains instead; 0: as many as the minutes allow")
     multiple_of: int = option(64, "round kept widths to a multiple of this")
     seed: int = option(0, "for --strategy random and --criterion random")
     max_length: int = option(1024, "tokens of a prompt that are read")

@@ -17,6 +17,7 @@ from prunekit.plan import PrunePlan
 RECORD = "prunekit.json"
 PLAN = "plan.safetensors"
 CARD = "README.md"
+_REPAIR = ("compensate", "distill_steps")  # of the recipe, recorded by `prune`
 
 
 def save(
@@ -101,7 +102,7 @@ def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:
     }
     if plan is not None:
         record |= {
-            "recipe": {**plan.recipe, "compensate": facts["compensate"]},
+            "recipe": {**plan.recipe, **{k: facts[k] for k in _REPAIR if k in facts}},
             "sparsity": round(plan.sparsity, 6),
             "widths": plan.widths(),
             "dense_widths": list(plan.dense_widths),

@@ -18,7 +18,7 @@ from prunekit.cli.forecast import LENGTH, PROMPTS, counted, forecast
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.compact import prune
-from prunekit.compensate import check_method, default_method
+from prunekit.compensate import check_budget, check_method, default_method
 from prunekit.config import PruneConfig, SearchConfig
 from prunekit.contrast import check_keep_off_task, weigh
 from prunekit.criteria import CRITERIA, score
@@ -125,7 +125,15 @@ def run(config: PruneConfig, output: Output) -> int:
             output.line(f"widths by layer: {' '.join(map(str, chosen.widths()))}")
         output.json(facts)
         return 0
-    prune(model, chosen, stats=stats, compensate=method, quiet=config.quiet)
+    prune(
+        model,
+        chosen,
+        stats=stats,
+        compensate=method,
+        minutes=config.minutes,
+        steps=config.steps or None,
+        quiet=config.quiet,
+    )
     seconds = time.perf_counter() - begun
     folder = save(model, tokenizer, config.output, force=config.force)
     after = parameter_count(model)
@@ -224,6 +232,7 @@ def _check(config: PruneConfig) -> None:
         raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
     if config.compensate:
         check_method(config.compensate)
+        check_budget(config.minutes, config.steps or None)
     criterion = get_criterion(config.criterion)
     _check_contrast(config, criterion)
     if config.stats and config.target:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import torch
 
 from prunekit.arch import MLPView
-from prunekit.compensate.base import Repair
+from prunekit.compensate.base import Repair, check_prompts
 from prunekit.compensate.bias import bias
+from prunekit.compensate.distill import MINUTES, check_budget, distill
 from prunekit.compensate.lstsq import RIDGE, lstsq
 from prunekit.compensate.sequential import sequential
+from prunekit.compensate.teacher import Teacher
 from prunekit.errors import InputError
 from prunekit.stats import NeuronStats, NeuronSums
 
 __all__ = [
     "METHODS",
+    "MINUTES",
     "RIDGE",
     "Repair",
+    "Teacher",
+    "check_budget",
     "check_method",
+    "check_prompts",
     "default_method",
+    "distill",
     "repair",
     "sequential",
 ]
 
-METHODS = ("none", "bias", "lstsq", "sequential")
+METHODS = ("none", "bias", "lstsq", "sequential", "distill")
 
 
 def check_method(method: str) -> None:

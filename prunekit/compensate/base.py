@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from prunekit.arch import MLPView
+from prunekit.errors import InputError
+from prunekit.stats import NeuronStats
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,20 @@ class Repair:
 
     down: torch.Tensor
     bias: torch.Tensor | None = None
+
+
+def check_prompts(method: str, views: Sequence[MLPView], stats: NeuronStats) -> None:
+    """Raise InputError unless a method can run the model over the calibration's prompts again."""
+    if stats.prompts is None:
+        raise InputError(
+            f"compensate {method}: the statistics hold no prompts; calibrate with --gram"
+        )
+    for view in views:
+        if not view.readable:
+            raise InputError(
+                f"compensate {method}: {view.name} is offloaded or quantised "
+                f"({view.gate.dtype}); use lstsq"
+            )
 
 
 def dense_down(view: MLPView) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -16,12 +16,11 @@ from torch import nn
 
 from prunekit.arch import MLPView, decoder_layers
 from prunekit.batching import Batch, batches
-from prunekit.compensate.base import Repair
+from prunekit.compensate.base import Repair, check_prompts
 from prunekit.compensate.importance import token_weights
 from prunekit.compensate.lstsq import lstsq
 from prunekit.compensate.regression import Regression
 from prunekit.compensate.streams import Calls, in_fp32, record_calls, watched
-from prunekit.errors import InputError
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
 
@@ -69,7 +68,7 @@ def sequential(
     Source:
         Asymmetric calibration: GPTAQ, Li et al., arXiv 2504.02692, for neurons instead of grids.
     """
-    _check(views, stats)
+    check_prompts("sequential", views, stats)
     layers = decoder_layers(model, list(views))
     members = [_members(layer, views) for layer in layers]
     alone = [m[0] for m in members if len(m) == 1 and views[m[0]].kind != "experts"]
@@ -94,19 +93,6 @@ def _groups(stats: NeuronStats) -> list[Batch]:
 def _by_batch(weights: torch.Tensor, stats: NeuronStats, groups) -> list[torch.Tensor]:
     prompts = weights.split([len(p.ids) for p in stats.prompts])
     return [torch.cat([prompts[i] for i in batch.index]) for batch in groups]
-
-
-def _check(views: Sequence[MLPView], stats: NeuronStats) -> None:
-    if stats.prompts is None:
-        raise InputError(
-            "compensate sequential: the statistics hold no prompts; calibrate with --gram"
-        )
-    for view in views:
-        if not view.readable:
-            raise InputError(
-                f"compensate sequential: {view.name} is offloaded or quantised "
-                f"({view.gate.dtype}); use lstsq"
-            )
 
 
 def _members(layer: nn.Module, views: Sequence[MLPView]) -> list[int]:

@@ -1,0 +1,89 @@
+"""What the dense model says of the calibration's prompts, kept small, for who is to imitate it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from prunekit.batching import Batch, Tokens, batches
+from prunekit.progress import progress_bar
+
+TOP = 64  # next tokens of which each probability is kept; the others' only together
+BATCH_TOKENS = 1024
+FLOOR = 1e-6  # of the others' probability: below it fp32's differences from 1 are noise
+
+
+class Teacher:
+    """The dense model's next-token distributions on every token of some prompts.
+
+    Kept are the ``TOP`` likeliest next tokens and their log probabilities, on the CPU, so the dense
+    model itself need not outlive its pruning.
+
+    Args:
+        model: the dense model, a transformers causal language model.
+        prompts: encoded.
+        quiet: no progress bar.
+
+    Cost:
+        A forward of the model with its lm_head; 6·TOP = 384 bytes a token, and 10·T·V bytes of
+        logits of a batch of T = 1024 tokens while it is asked.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Tokens], *, quiet: bool = False):
+        self.prompts = list(prompts)
+        self._said: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        was_training = model.training
+        model.eval()
+        total = sum(len(prompt.ids) for prompt in prompts)
+        try:
+            with progress_bar(total, "teacher", "tok", quiet=quiet) as bar:
+                for batch in batches(prompts, BATCH_TOKENS):
+                    self._ask(model, batch)
+                    bar.update(batch.tokens)
+        finally:
+            model.train(was_training)
+
+    @torch.no_grad()
+    def _ask(self, model: nn.Module, batch: Batch) -> None:
+        found = counted_logits(model, batch).float()
+        top, index = found.topk(min(TOP, found.shape[-1]))
+        top -= found.logsumexp(-1, keepdim=True)
+        pairs = zip(
+            batch.ids.tolist(),
+            batch.lengths,
+            top.half().cpu().split(batch.lengths),
+            index.int().cpu().split(batch.lengths),
+            strict=True,
+        )
+        for ids, length, *said in pairs:
+            self._said[tuple(ids[:length])] = tuple(said)
+
+    def divergence(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """KL(dense ‖ model) summed over a batch's tokens, the tokens beyond ``TOP`` as one.
+
+        Args:
+            model: what imitates; gradients flow through it where they are enabled.
+            batch: of the teacher's prompts.
+
+        Returns:
+            A scalar, fp32.
+        """
+        rows = zip(batch.ids.tolist(), batch.lengths, strict=True)
+        said = [self._said[tuple(ids[:length])] for ids, length in rows]
+        logits = counted_logits(model, batch)
+        dense = torch.cat([top for top, _ in said]).to(logits.device, torch.float32)
+        index = torch.cat([index for _, index in said]).to(logits.device, torch.int64)
+        student = logits.gather(1, index).float() - logits.float().logsumexp(-1, keepdim=True)
+        likely = dense.exp()
+        other = (1 - likely.sum(-1)).clamp_min(FLOOR)
+        student_other = (1 - student.exp().sum(-1)).clamp_min(FLOOR)
+        return (likely * (dense - student)).sum() + (other * (other / student_other).log()).sum()
+
+
+def counted_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """A model's logits on the tokens of a batch that are no padding: [T, V]."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=batch.ids.to(device), use_cache=False).logits
+    return logits.flatten(0, 1)[batch.counted().to(logits.device)]

@@ -1,0 +1,158 @@
+"""Distillation brings a pruned model closer to the dense one than the repair it starts from."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prunekit as pk
+from prunekit.batching import Tokens, batches
+from prunekit.compensate import Teacher
+from prunekit.errors import InputError
+from tests.models import tiny_model
+
+
+@pytest.fixture
+def many_texts():
+    """160 prompts of 24 words from a Markov chain: half to calibrate, half held out."""
+    generator = torch.Generator().manual_seed(5)
+    chain = torch.randn(90, 90, generator=generator).mul(2).softmax(-1)
+    words = torch.randint(0, 90, (160, 1), generator=generator)
+    for _ in range(23):
+        following = torch.multinomial(chain[words[:, -1]], 1, generator=generator)
+        words = torch.cat([words, following], dim=1)
+    return [" ".join(f"w{w}" for w in row) for row in words.tolist()]
+
+
+def calibrated(model, tokenizer, texts):
+    stats = pk.calibrate(model, tokenizer, texts, gram=True, quiet=True)
+    return stats, pk.plan(pk.score(stats, model), 0.5, multiple_of=8)
+
+
+@torch.no_grad()
+def full_divergence(dense, model, tokenizer, texts):
+    """KL(dense ‖ model) a token, over the whole vocabulary."""
+    ids = torch.tensor([tokenizer(text).input_ids for text in texts])
+    want, got = (m(input_ids=ids).logits.float().log_softmax(-1) for m in (dense, model))
+    return F.kl_div(got, want, reduction="sum", log_target=True).item() / ids.numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("phi3", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("qwen2_moe", torch.bfloat16),
+    ],
+)
+def test_distillation_goes_on_where_the_repair_ends(name, dtype, tokenizer, many_texts):
+    learnt, held_out = many_texts[:80], many_texts[80:]
+    dense = tiny_model(name).to(dtype)
+    stats, plan = calibrated(dense, tokenizer, learnt)
+    repaired, distilled = copy.deepcopy(dense), copy.deepcopy(dense)
+    pk.prune(repaired, plan, stats=stats, compensate="sequential")
+    pk.prune(distilled, plan, stats=stats, compensate="distill", steps=150)
+    before = full_divergence(dense, repaired, tokenizer, held_out)
+    assert full_divergence(dense, distilled, tokenizer, held_out) < 0.9 * before
+    assert distilled.prunekit["distill_steps"] == 150
+
+
+@pytest.mark.parametrize(("top", "least", "most"), [(100, 0.99, 1.01), (64, 0.8, 0.999)])
+def test_the_divergence_is_that_of_the_whole_vocabulary_but_for_a_little(
+    top, least, most, llama, tokenizer, texts, monkeypatch
+):
+    """Of 100 tokens all are kept, or 64: those beyond count as one, which can only hide some."""
+    monkeypatch.setattr(importlib.import_module("prunekit.compensate.teacher"), "TOP", top)
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    prompts = [Tokens(tuple(tokenizer(text).input_ids)) for text in texts]
+    teacher = Teacher(llama, prompts, quiet=True)
+    got = want = 0.0
+    with torch.no_grad():
+        for batch in batches(prompts, 256):
+            got += teacher.divergence(other, batch).item()
+            assert abs(teacher.divergence(llama, batch).item()) < 1e-3 * batch.tokens
+        for prompt in prompts:
+            ids = torch.tensor([prompt.ids])
+            logs = [m(input_ids=ids).logits.log_softmax(-1) for m in (other, llama)]
+            want += F.kl_div(*logs, reduction="sum", log_target=True).item()
+    assert least * want < got < most * want
+
+
+def test_the_same_steps_give_the_same_weights(tokenizer, texts):
+    results = []
+    for _ in range(2):
+        model = tiny_model("llama").bfloat16()
+        stats, plan = calibrated(model, tokenizer, texts)
+        results.append(pk.prune(model, plan, stats=stats, compensate="distill", steps=5))
+    pairs = zip(results[0].parameters(), results[1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_decoders_matrices_move_and_all_else_stays(dtype, tokenizer, texts):
+    model = tiny_model("llama_bias").to(dtype).train()
+    frozen = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    stats, plan = calibrated(model, tokenizer, texts)
+    repaired = pk.prune(copy.deepcopy(model), plan, stats=stats, compensate="sequential")
+    pk.prune(model, plan, stats=stats, compensate="distill", steps=3)
+    before = dict(repaired.named_parameters())
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    want = {n for n, p in before.items() if ".layers." in n and p.dim() > 1}
+    assert moved == want
+    assert model.training
+    assert all(p.dtype == dtype and p.grad is None for p in model.parameters())
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+
+
+def test_minutes_become_steps_by_the_time_of_the_first(llama, tokenizer, texts, monkeypatch):
+    """A clock that moves by one second a step: one minute is 60 steps."""
+    module = importlib.import_module("prunekit.compensate.distill")
+    steps = []
+    step = module._step
+    monkeypatch.setattr(module, "_step", lambda *given: (steps.append(1), step(*given)))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(len(steps)))
+    stats, plan = calibrated(llama, tokenizer, texts)
+    pk.prune(llama, plan, stats=stats, compensate="distill", minutes=1)
+    assert len(steps) == llama.prunekit["distill_steps"] == 60
+
+
+def test_bad_budgets_and_statistics_are_refused_before_anything_changes(llama, tokenizer, texts):
+    stats, plan = calibrated(llama, tokenizer, texts)
+    before = copy.deepcopy(llama.state_dict())
+    for budget, message in (
+        ({"minutes": 0}, "minutes: got 0; expected a positive number"),
+        ({"minutes": float("nan")}, "minutes: got nan; expected a positive number"),
+        ({"steps": 0}, "steps: got 0; expected at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pk.prune(llama, plan, stats=stats, compensate="distill", **budget)
+    with pytest.raises(InputError, match="compensate distill: needs statistics"):
+        pk.prune(llama, plan, compensate="distill")
+    stats.prompts = None
+    with pytest.raises(InputError, match="compensate distill: the statistics hold no prompts"):
+        pk.prune(llama, plan, stats=stats, compensate="distill")
+    assert all(torch.equal(before[name], tensor) for name, tensor in llama.state_dict().items())
+
+
+def test_offloaded_weights_are_refused(llama, tokenizer, texts):
+    stats, plan = calibrated(llama, tokenizer, texts)
+    mlp = llama.model.layers[1].mlp
+    mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight.to("meta"))
+    with pytest.raises(InputError, match=r"compensate distill: .*mlp is offloaded or quantised"):
+        pk.prune(llama, plan, stats=stats, compensate="distill")
+
+
+def test_gradients_that_are_not_finite_are_one_line(llama, tokenizer, texts, monkeypatch):
+    stats, plan = calibrated(llama, tokenizer, texts)
+    broken = lambda self, model, batch: model(input_ids=batch.ids).logits.sum() * float("nan")  # noqa: E731
+    monkeypatch.setattr(Teacher, "divergence", broken)
+    with pytest.raises(InputError, match="got gradients with NaN or Inf"):
+        pk.prune(llama, plan, stats=stats, compensate="distill", steps=1)
+    assert all(p.grad is None for p in llama.parameters())
