@@ -11,11 +11,13 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from prunekit.arch import MLPView, decoder_layers
+from prunekit.backward import padded
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.compensate.teacher import Teacher
 from prunekit.errors import InputError
@@ -28,7 +30,6 @@ BETAS = (0.9, 0.98)
 CLIP = 1.0  # norm of all gradients together, of the mean divergence a token
 WARMUP = 6  # steps
 TIMED = 4  # steps after the first that say how many fit in the time; within the warm-up
-ROUND = 32  # lengths are padded to a multiple: the CPU's library compiles every shape it meets
 MIXED = 64  # prompts among which those of similar length share a batch
 
 
@@ -165,9 +166,4 @@ def _shuffled(prompts: Sequence[Tokens]) -> Iterator[Batch]:
         groups = [order[i : i + MIXED] for i in range(0, len(order), MIXED)]
         epoch = [batch for group in groups for batch in batches(group, BATCH_TOKENS)]
         draw.shuffle(epoch)
-        yield from map(_rounded, epoch)
-
-
-def _rounded(batch: Batch) -> Batch:
-    extra = -batch.ids.shape[1] % ROUND
-    return Batch(nn.functional.pad(batch.ids, (0, extra)), batch.lengths, batch.scored)
+        yield from (replace(batch, ids=padded(batch)) for batch in epoch)
