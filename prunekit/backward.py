@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -26,16 +26,33 @@ def padded(batch: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter requires a gradient."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
+def training_only(model: nn.Module, weights: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Inside, these parameters and no others require gradients, and none has one yet."""
+    chosen = {id(weight) for weight in weights}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in chosen)
         yield
     finally:
-        for parameter, required in before:
+        for parameter, required, gradient in before:
             parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+@contextmanager
+def calling_instead(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, the module's forward is another."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @contextmanager
@@ -141,14 +158,7 @@ def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
         options = {"use_reentrant": False, "preserve_rng_state": False}
         return lambda *values, **named: checkpoint(forward, *values, **named, **options)
 
-    before = [(layer, vars(layer).get("forward")) for layer in layers]
-    try:
-        for layer, _ in before:
-            layer.forward = again(layer.forward)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(calling_instead(layer, again(layer.forward)))
         yield
-    finally:
-        for layer, forward in before:
-            if forward is not None:
-                layer.forward = forward
-            else:
-                vars(layer).pop("forward", None)

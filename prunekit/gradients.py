@@ -16,7 +16,7 @@ from torch import nn
 
 from prunekit import ops
 from prunekit.arch import MLPView, Slot
-from prunekit.backward import frozen, loss_backward
+from prunekit.backward import loss_backward, training_only
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.errors import InputError
 from prunekit.progress import progress_bar
@@ -89,7 +89,8 @@ def _run(model, views, prompts, sums, taylor: bool, quiet: bool) -> list[torch.T
     groups = list(batches(prompts, 1 if taylor else BATCH_TOKENS))
     outputs = _Outputs(views, sums, prompts)
     with ExitStack() as stack:
-        stack.enter_context(_weights_reduced(model, views, sums) if taylor else frozen(model))
+        weights = _weights_reduced(model, views, sums) if taylor else training_only(model)
+        stack.enter_context(weights)
         stack.enter_context(outputs.watched())
         largest = max(batch.ids.numel() for batch in groups)
         backward = stack.enter_context(loss_backward(model, views, largest))
@@ -139,21 +140,12 @@ def _weights_reduced(
             )
         parameter.grad = None
 
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    hooks = []
-    try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-            parameter.requires_grad_(id(parameter) in slots)
-            if id(parameter) in slots:
-                hooks.append(parameter.register_post_accumulate_grad_hook(reduce))
+    weights = [many[0][1].parameter for many in slots.values()]
+    with ExitStack() as stack:
+        stack.enter_context(training_only(model, weights))
+        for weight in weights:
+            stack.callback(weight.register_post_accumulate_grad_hook(reduce).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
 
 
 class _Outputs:

@@ -109,6 +109,26 @@ def test_time_grows_with_tokens_and_memory_with_grams():
     assert [phase.name for phase in known] == ["score", "repair", "save"]
 
 
+def test_distillation_follows_the_repair_for_its_minutes_or_its_steps():
+    shape, widths = Shape.of(tiny_model("llama")), [64] * 2
+    timed = predict(shape, RATES, work(method="distill", minutes=3.0), widths)
+    assert [p.name for p in timed] == [
+        "calibrate",
+        "gradients",
+        "score",
+        "repair",
+        "distill",
+        "save",
+    ]
+    assert timed[-2].seconds == pytest.approx(180)
+    ten, twenty = (
+        predict(shape, RATES, work(method="distill", minutes=3.0, steps=n), widths)[-2]
+        for n in (10, 20)
+    )
+    assert twenty.flops == pytest.approx(2 * ten.flops)
+    assert ten.seconds == pytest.approx(ten.flops / RATES.products)
+
+
 def test_rates_are_measured():
     rates = measure_rates(Shape.of(tiny_model("llama")), torch.bfloat16)
     assert all(value > 0 for value in (rates.products, rates.wide, rates.fp64, rates.copy))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from prunekit.batching import Tokens, encode
 from prunekit.cli.output import Output
-from prunekit.cli.sources import corpora, joined
+from prunekit.cli.sources import joined
 from prunekit.config import PruneConfig
-from prunekit.integrations.transformers import load_tokenizer
+from prunekit.corpus import Corpus
 from prunekit.measure.cost import Phase, Rates, Shape, Work, measure_rates, predict
 from prunekit.measure.provenance import device_name
 
@@ -80,16 +81,17 @@ class Forecast:
         )
 
 
-def counted(config: PruneConfig) -> tuple[list[Tokens], list[Tokens]]:
-    """The target's and the distractors' prompts; made up where no target is named."""
-    if not config.target:
+def counted(
+    config: PruneConfig, tokenizer: Any, target: list[Corpus], distractors: list[Corpus]
+) -> tuple[list[Tokens], list[Tokens]]:
+    """The target's and the distractors' prompts; made up where there is no target."""
+    if not target:
         return [Tokens((0,) * LENGTH)] * PROMPTS, []
-    tokenizer = load_tokenizer(config.model)
-    found = []
-    for files in (config.target, config.distractor):
-        many = corpora(files, tokenizer, config.limit)
-        found.append(encode(joined(many), tokenizer, config.max_length) if many else [])
-    return found[0], found[1]
+    found, others = (
+        encode(joined(many), tokenizer, config.max_length) if many else []
+        for many in (target, distractors)
+    )
+    return found, others
 
 
 def forecast(model: nn.Module, work: Work, widths: Sequence[int]) -> Forecast:

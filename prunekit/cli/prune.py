@@ -71,22 +71,18 @@ def run(config: PruneConfig, output: Output) -> int:
     model = load(config.model, dtype=config.dtype)
     sparsity = 0.0 if given else _sparsity(config, model, output)
     if target:
-        scored = config.strategy != "random" and not config.plan
-        repaired = _solves(_method(config, has_target=True))
-        gathers = gathered_for(config.criterion, repaired=repaired) if scored else ()
-        if _shares(config):
-            gathers = (*gathers, *CRITERIA[FISHER].gathers)
-        gram, gradients = repaired or "gram" in gathers, "gradient_gram" in gathers
+        method = _method(config, has_target=True)
+        gathers = _gathers(config, method)
         if not config.quiet:
-            work = _work(config, *counted(config))
+            work = _work(config, *counted(config, tokenizer, target, distractors))
             output.note(forecast(model, work, _uniform(config, model, sparsity)).line())
         stats = calibrate(
             model,
             tokenizer,
             joined(target),
             distractors,
-            gram=gram,
-            gradients=gradients,
+            gram=_solves(method) or "gram" in gathers,
+            gradients="gradient_gram" in gathers,
             taylor="taylor" in gathers,
             off_task=config.keep_off_task > 0,
             max_length=config.max_length,
@@ -102,29 +98,12 @@ def run(config: PruneConfig, output: Output) -> int:
         logger.warning(
             "nothing is repaired: %s has no Gram matrices (calibrate --gram)", config.stats
         )
-    before = parameter_count(model)
-    facts = {
-        "model": config.model,
-        "sparsity_asked": chosen.recipe.get("sparsity"),
-        "sparsity": chosen.sparsity,
-        "widths": chosen.widths(),
-        "dense_widths": list(chosen.dense_widths),
-        "keep_off_task": config.keep_off_task,
-        "compensate": method,
-        "parameters_dense": before,
-    }
+    facts = _facts(config, model, chosen, method)
     if config.dry_run:
         chosen.check_model(find_mlps(model, verify=False))
-        output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
         prompts = (stats.prompts if stats else None) or []
         work = dataclasses.replace(_work(config, prompts, []), calibrates=False, method=method)
-        found = forecast(model, work, chosen.widths())
-        found.show(output)
-        facts["forecast"] = found.facts()
-        if len(set(chosen.widths())) > 1:
-            output.line(f"widths by layer: {' '.join(map(str, chosen.widths()))}")
-        output.json(facts)
-        return 0
+        return _show(output, model, chosen, work, facts)
     prune(
         model,
         chosen,
@@ -145,8 +124,8 @@ def run(config: PruneConfig, output: Output) -> int:
     }
     output.line(
         f"kept {_widths(chosen)}; repair: {method}\n"
-        f"parameters {count(before)} -> {count(after)}, {megabytes(facts['bytes'])} on disk, "
-        f"pruned in {seconds:.1f} s\n"
+        f"parameters {count(facts['parameters_dense'])} -> {count(after)}, "
+        f"{megabytes(facts['bytes'])} on disk, pruned in {seconds:.1f} s\n"
         f"saved {folder}: loads with transformers' AutoModelForCausalLM.from_pretrained"
     )
     if config.distractor or config.keep_off_task:
@@ -160,33 +139,43 @@ def run(config: PruneConfig, output: Output) -> int:
 
 def _dry_run(config: PruneConfig, output: Output) -> int:
     """Say what a run would keep and take, from the model's shape and the number of tokens."""
-    target, distractors = counted(config)
+    tokenizer = load_tokenizer(config.model) if config.target else None
+    files = config.target, config.distractor
+    given = [corpora(many, tokenizer, config.limit) if config.target else [] for many in files]
+    work = _work(config, *counted(config, tokenizer, *given))
     model = load_shape(config.model, dtype=config.dtype)
     sparsity = _sparsity(config, model, output)
-    widths, dense = (
-        _uniform(config, model, sparsity),
-        [v.width for v in find_mlps(model, verify=False)],
-    )
-    work = _work(config, target, distractors)
-    kept = tuple(torch.arange(width, dtype=torch.int32) for width in widths)
-    chosen = PrunePlan(kept, tuple(dense), {"sparsity": sparsity})
-    output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
-    found = forecast(model, work, widths)
-    found.show(output)
+    kept = [torch.arange(w, dtype=torch.int32) for w in _uniform(config, model, sparsity)]
+    dense = [view.width for view in find_mlps(model, verify=False)]
+    chosen = PrunePlan(tuple(kept), tuple(dense), {"sparsity": sparsity})
+    facts = _facts(config, model, chosen, work.method)
     if not config.target and work.gram:
         output.line(f"no --target: taken to be {PROMPTS} prompts of {LENGTH} tokens")
-    output.json(
-        {
-            "model": config.model,
-            "sparsity_asked": sparsity,
-            "sparsity": chosen.sparsity,
-            "widths": widths,
-            "dense_widths": dense,
-            "compensate": work.method,
-            "parameters_dense": parameter_count(model),
-            "forecast": found.facts(),
-        }
-    )
+    return _show(output, model, chosen, work, facts)
+
+
+def _facts(config: PruneConfig, model, chosen: PrunePlan, method: str) -> dict:
+    """What a dense model is to become, as plain values for JSON."""
+    return {
+        "model": config.model,
+        "sparsity_asked": chosen.recipe.get("sparsity"),
+        "sparsity": chosen.sparsity,
+        "widths": chosen.widths(),
+        "dense_widths": list(chosen.dense_widths),
+        "keep_off_task": config.keep_off_task,
+        "compensate": method,
+        "parameters_dense": parameter_count(model),
+    }
+
+
+def _show(output: Output, model, chosen: PrunePlan, work: Work, facts: dict) -> int:
+    """End a dry run: what would stay and what the work would take."""
+    output.line(f"would keep {_widths(chosen)}; nothing written (--dry-run)")
+    found = forecast(model, work, chosen.widths())
+    found.show(output)
+    if len(set(chosen.widths())) > 1:
+        output.line(f"widths by layer: {' '.join(map(str, chosen.widths()))}")
+    output.json(facts | {"forecast": found.facts()})
     return 0
 
 
@@ -200,24 +189,35 @@ def _uniform(config: PruneConfig, model, sparsity: float) -> list[int]:
 
 def _work(config: PruneConfig, target: list[Tokens], distractors: list[Tokens]) -> Work:
     """What a run of these options does for prompts of a target and of its distractors."""
-    drawn = config.strategy == "random" or not get_criterion(config.criterion).needs or config.plan
+    drawn = _drawn(config)
     method = _method(config, has_target=bool(config.target) or not drawn)
-    repaired = _solves(method)
-    gathers = () if drawn else gathered_for(config.criterion, repaired=repaired)
-    if _shares(config):
-        gathers = (*gathers, *CRITERIA[FISHER].gathers)
+    gathers = _gathers(config, method)
     both = target + distractors if config.keep_off_task else target
     return Work(
         tokens=sum(len(p.ids) for p in both),
         prompts=len(both),
-        gram=repaired or "gram" in gathers,
+        gram=_solves(method) or "gram" in gathers,
         gradients="gradient_gram" in gathers or "taylor" in gathers,
         eliminates="gram" in gathers,
         method=method,
         calibrates=bool(config.target) or not drawn,
         scored=sum(max(len(p.ids) - max(p.scored, 1), 0) for p in both),
         others=0 if config.keep_off_task else sum(len(p.ids) for p in distractors),
+        minutes=config.minutes,
+        steps=config.steps,
     )
+
+
+def _drawn(config: PruneConfig) -> bool:
+    """Whether the neurons are chosen without statistics."""
+    needs = get_criterion(config.criterion).needs
+    return config.strategy == "random" or not needs or bool(config.plan)
+
+
+def _gathers(config: PruneConfig, method: str) -> tuple[str, ...]:
+    """What choosing the neurons needs beyond a calibration's plain sums."""
+    gathers = () if _drawn(config) else gathered_for(config.criterion, repaired=_solves(method))
+    return (*gathers, *CRITERIA[FISHER].gathers) if _shares(config) else gathers
 
 
 def _check(config: PruneConfig) -> None:
@@ -240,7 +240,7 @@ def _check(config: PruneConfig) -> None:
     informed = config.stats or config.target or config.dry_run
     if _shares(config) and not (config.stats or config.target):
         raise InputError("--allocation budget: needs --target FILE or --stats STATS")
-    drawn = config.strategy == "random" or not criterion.needs or config.plan
+    drawn = _drawn(config)
     if not informed and (not drawn or _method(config, has_target=False) != "none"):
         raise InputError("needs --target FILE or --stats STATS; see `prunekit prune --help`")
     if config.target and "distractor" in criterion.needs and not config.distractor and not drawn:

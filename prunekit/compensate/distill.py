@@ -10,14 +10,13 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from prunekit.arch import MLPView, decoder_layers
-from prunekit.backward import padded
+from prunekit.backward import padded, training_only
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.compensate.teacher import Teacher
 from prunekit.errors import InputError
@@ -80,7 +79,8 @@ def distill(
     was_training = model.training
     model.eval()
     try:
-        with _training_only(model, _matrices(model, views)) as weights:
+        weights = _matrices(model, views)
+        with training_only(model, weights):
             return _train(model, weights, teacher, 60 * minutes, steps, quiet)
     finally:
         model.train(was_training)
@@ -91,23 +91,6 @@ def _matrices(model: nn.Module, views: Sequence[MLPView]) -> list[nn.Parameter]:
     layers = decoder_layers(model, list(views))
     inside = {id(p): p for layer in layers for p in layer.parameters()}
     return [p for p in inside.values() if p.dim() > 1 and p.is_floating_point()]
-
-
-@contextmanager
-def _training_only(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Inside, these parameters and no others require gradients."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield weights
-    finally:
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
 
 
 @torch.enable_grad()

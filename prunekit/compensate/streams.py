@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import decoder_of
+from prunekit.backward import calling_instead
 from prunekit.batching import Batch
 from prunekit.ops.gram import bf16_products
 
@@ -83,27 +84,14 @@ def _record(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, *, idle
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
             if idle:
-                stack.enter_context(_idle(layer))
+                stack.enter_context(calling_instead(layer, _hand_on))
         decoder_of(model)(input_ids=batch.ids.to(device), use_cache=False)
     return calls
 
 
-@contextmanager
-def _idle(layer: nn.Module) -> Iterator[None]:
-    """Inside, a layer gives back the hidden states it is called with."""
-    before = vars(layer).get("forward")
-
-    def forward(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        return hidden_states
-
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del layer.forward
-        else:
-            layer.forward = before
+def _hand_on(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+    """The forward of an idle layer."""
+    return hidden_states
 
 
 def _equal(one: Any, other: Any) -> bool:

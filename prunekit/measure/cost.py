@@ -10,6 +10,7 @@ head's, T tokens in prompts of S, T' of them in completions, b bytes a weight. F
     score        5/3·F³ + D·F² + 10·D³        an MLP, in fp64: inverse, elimination, root
     repair       4·T·P + T·F'² + 4·T·D·F'     in fp32 that multiplies as the weights' dtype
                  + 6·(F'³/3 + 2·D·F'²)        an MLP, in fp64: five ridges and the best once more
+    distill      6·1024·(P' + V·D) a step     or the minutes it is given
 
 An expert sees the share of the tokens that is routed to it. Attention's own products, 2·T·S·D a
 layer, run at a fraction of a large product's rate; what is computed element by element moves
@@ -123,7 +124,8 @@ class Work:
 
     ``calibrates`` is False where statistics are at hand; ``eliminates`` where the criterion is one
     of reconstruction; ``others`` counts the distractors' tokens, which only run forwards,
-    ``scored`` those of T that the loss is taken of.
+    ``scored`` those of T that the loss is taken of; ``minutes`` or, where they are given, ``steps``
+    bound a distillation.
     """
 
     tokens: int
@@ -135,6 +137,8 @@ class Work:
     calibrates: bool = True
     others: int = 0
     scored: int = 0
+    minutes: float = 0.0
+    steps: int = 0
 
 
 def _routed(model: nn.Module, views: list[MLPView]) -> float:
@@ -204,10 +208,12 @@ def predict(shape: Shape, rates: Rates, work: Work, widths: Sequence[int]) -> li
             phases.append(_gradients(shape, rates, work, base))
     if work.eliminates:
         phases.append(_score(shape, rates, base))
-    if work.method == "sequential":
+    if work.method in ("sequential", "distill"):
         phases.append(_sequential(shape, rates, work, widths, base))
     elif work.method == "lstsq":
         phases.append(_lstsq(shape, rates, widths, base))
+    if work.method == "distill":
+        phases.append(_distill(shape, rates, work, widths, base))
     written = shape.pruned_bytes(widths)
     phases.append(Phase("save", 0.0, written / _DISK, base + written))
     return phases
@@ -270,6 +276,16 @@ def _sequential(shape, rates, work: Work, widths: Sequence[int], base: float) ->
     downs = shape.itemsize * d * sum(width for width, _ in shape.mlps)  # put back at the end
     repairs = 8 * d * sum(widths)
     return Phase("repair", products + solves, seconds, base + _SLACK * held + downs + repairs)
+
+
+def _distill(shape, rates, work: Work, widths: Sequence[int], base: float) -> Phase:
+    gone = shape.total - shape.pruned_bytes(widths) / shape.itemsize
+    weights = shape.decoder - gone
+    step = 6 * BATCH_TOKENS * (weights + shape.head)
+    steps = work.steps or 60 * work.minutes * rates.products / step
+    held = 16 * weights + BATCH_TOKENS * (shape.kept + 16 * shape.vocabulary)
+    flops = steps * step
+    return Phase("distill", flops, flops / rates.products, base + _SLACK * held)
 
 
 def _lstsq(shape, rates, widths: Sequence[int], base: float) -> Phase:
