@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,12 @@ def test_prunekit_works_without_the_extension_and_says_so(tmp_path):
     run = {"capture_output": True, "text": True, "cwd": tmp_path, "check": True}
     done = subprocess.run([sys.executable, "-c", code], **run)
     assert done.stdout.startswith("reference | the C++ extension is not built; with torch")
+
+
+def test_every_package_is_installed():
+    """An editable install finds what pyproject forgets to list; a wheel does not."""
+    listed = set(
+        re.findall(r'^    "(prunekit[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M)
+    )
+    packages = {p.parent.relative_to(ROOT) for p in (ROOT / "prunekit").rglob("__init__.py")}
+    assert listed == {".".join(p.parts) for p in packages} | {"prunekit_kernels"}
