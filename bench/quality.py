@@ -18,6 +18,7 @@ from functools import reduce
 from pathlib import Path
 from statistics import mean
 
+from bench.markers import rewrite
 from prunekit.calibrate import calibrate
 from prunekit.contrast import against
 from prunekit.corpus import Corpus, read_corpus
@@ -35,7 +36,7 @@ KNEES = ("selectivity + none", "fluctuation + bias", "reconstruction_fisher + se
 NOT_HERE = ("auto",)  # another's name
 SLOW = ("sequential",)  # a minute a cell: only for the criteria that come close
 CLOSE = ("reconstruction_fisher", "reconstruction", "wanda")
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+MARKERS = "quality"  # of docs/quality.md
 PLOTTED = (
     ("reconstruction_fisher", "sequential"),
     ("wanda", "lstsq"),
@@ -203,16 +204,6 @@ def plot(cells: list[dict]) -> str:
     return loss_by_sparsity({name: points for name, points in lines.items() if points}, dense)
 
 
-def into_docs(folder: Path, text: str) -> None:
-    """Put the table and the knees between the markers of quality.md."""
-    path = folder / "quality.md"
-    head, _, rest = path.read_text().partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{path}: has no {BEGIN} ... {END}")
-    path.write_text(f"{head}{BEGIN}\n{text}{END}{tail}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     every = [name for name in sorted(CRITERIA) if name not in NOT_HERE]
@@ -240,7 +231,7 @@ def main() -> None:
     for task in tasks:
         (options.out / f"{task}.svg").write_text(plot([c for c in cells if c["task"] == task]))
     if options.docs:
-        into_docs(options.docs, text)
+        rewrite(options.docs / "quality.md", MARKERS, text)
         for task in tasks:
             shutil.copy(options.out / f"{task}.svg", options.docs / f"quality-{task}.svg")
     print(text)

@@ -29,17 +29,17 @@ from prunekit.experiment.variants import Variant, run_variants
 from prunekit.integrations.transformers import load, load_tokenizer
 from prunekit.tasks.embedded import word_problems
 
-VOCABULARY = 2048
+VOCABULARY = 512
 SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-STEPS = 600
+STEPS = 2000
 LENGTH, BATCH, RATE, WARMUP = 256, 8, 3e-3, 100
 PROMPT = 600  # characters of a prompt
 CALIBRATION, HELD_OUT = 192, 80

@@ -107,10 +107,11 @@ def sensitivity(scores: Sequence[torch.Tensor], model: nn.Module) -> Sensitivity
 
     Returns:
         A curve of at most 64 widths for each MLP, and one for all the experts of a layer together,
-        drawn half way (geometrically) towards the median of all curves as fractions of F. The
-        criterion takes a token's activation and its gradient as independent, which says too much
-        about how layers differ; where one token in a hundred has enormous activations and no
-        gradient it says far too much, so that none counts as dearer than twice the median.
+        drawn half way (geometrically) towards the median of all curves as fractions of F:
+        measured, whole curves say too much about how layers differ (the criterion takes a token's
+        activation and its gradient as independent, which may be why). Where one token in a hundred
+        has enormous activations and no gradient they say far too much, so that none counts as
+        dearer than twice the median.
 
     Raises:
         InputError: the scores do not fit the model, or are not finite.

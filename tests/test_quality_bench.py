@@ -39,17 +39,6 @@ def test_knees_need_every_task_and_average_what_all_were_measured_at():
     assert rows == [f"| {name} | 14.8 % | 12.2 % | 12.2 % |"]
 
 
-def test_the_docs_get_the_table_between_their_markers(tmp_path):
-    path = tmp_path / "quality.md"
-    path.write_text(f"before\n{quality.BEGIN}\nold\n{quality.END}\nafter\n")
-    for _ in range(2):
-        quality.into_docs(tmp_path, "new\n")
-    assert path.read_text() == f"before\n{quality.BEGIN}\nnew\n{quality.END}\nafter\n"
-    path.write_text("no markers")
-    with pytest.raises(SystemExit, match="has no <!-- quality:begin"):
-        quality.into_docs(tmp_path, "new")
-
-
 def test_slow_repairs_meet_only_criteria_that_come_close():
     found = quality.variants(["wanda", "rms", "random"], ["none", "sequential"], [0.5])
     ways = [(v.criterion, v.compensate, v.seed) for v in found]

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.results import MEASURED, SCHEMA, WrongError
+from bench.markers import rewrite
 from prunekit.errors import InputError
-from prunekit.files import read_json, replacing_file
+from prunekit.files import read_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- gpu-table:begin -->", "<!-- gpu-table:end -->"
+MARKERS = "gpu-table"
 
 NOT_MEASURED = """\
 **Not measured yet.** `make gpu-bench` checks and times everything on the GPU it finds and writes
@@ -133,28 +134,12 @@ def _footer(value: dict[str, Any]) -> str:
     )
 
 
-def rewritten(readme: str, text: str) -> str:
-    """Return a README with this text between its markers.
-
-    Raises:
-        InputError: the markers are not there, once each and in order.
-    """
-    before, found, rest = readme.partition(BEGIN)
-    inside, closed, after = rest.partition(END)
-    if not found or not closed or BEGIN in inside + after or END in after:
-        raise InputError(f"README.md: expected {BEGIN} and {END}, once each and in this order")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
 def main() -> int:
-    readme = ROOT / "README.md"
     try:
-        text = rewritten(readme.read_text(), section(RESULTS))
+        rewrite(ROOT / "README.md", MARKERS, section(RESULTS))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    with replacing_file(readme) as temporary:
-        temporary.write_text(text)
     return 0
 
 
