@@ -12,9 +12,10 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import reduce
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -34,8 +35,9 @@ SPARSITIES = (0.2, 0.35, 0.5)
 SEEDS = (33, 42, 7)  # of random
 KNEES = ("selectivity + none", "fluctuation + bias", "reconstruction_fisher + sequential")
 NOT_HERE = ("auto",)  # another's name
-SLOW = ("sequential",)  # a minute a cell: only for the criteria that come close
+SLOW = ("sequential", "distill")  # minutes a cell: only for the criteria that come close
 CLOSE = ("reconstruction_fisher", "reconstruction", "wanda")
+BUDGETED = "reconstruction_fisher"  # the criterion that says what a layer's width costs the loss
 MARKERS = "quality"  # of docs/quality.md
 PLOTTED = (
     ("reconstruction_fisher", "sequential"),
@@ -47,18 +49,29 @@ PLOTTED = (
 )
 
 
-def variants(criteria: list[str], repairs: list[str], sparsities: list[float]) -> list[Variant]:
-    """Every cell, the quick ones first."""
+def variants(
+    criteria: list[str],
+    repairs: list[str],
+    sparsities: list[float],
+    allocations: Sequence[str] = ("uniform",),
+    steps: int | None = None,
+) -> list[Variant]:
+    """Every cell, the quick ones first; distill takes so many steps."""
     found = []
     for repair in repairs:
         for criterion in criteria:
             if repair in SLOW and criterion not in CLOSE:
                 continue
             strategy = "random" if criterion == "random" else "selective"
-            for seed in SEEDS if criterion == "random" else (0,):
-                name = f"{criterion} + {repair}"
+            seeds = SEEDS if criterion == "random" else (0,)
+            for seed, allocation in product(seeds, allocations):
+                if allocation == "budget" and criterion != BUDGETED:
+                    continue
+                name = f"{criterion} + {repair}" + " (budget)" * (allocation == "budget")
+                options = {"seed": seed, "allocation": allocation}
+                options |= {"steps": steps} if repair == "distill" else {}
                 found += [
-                    Variant(name, s, criterion, strategy, repair, seed=seed) for s in sparsities
+                    Variant(name, s, criterion, strategy, repair, **options) for s in sparsities
                 ]
     return found
 
@@ -100,12 +113,18 @@ def measured(path: Path) -> Iterator[dict]:
 def missing(task: str, data: dict[str, str], options: argparse.Namespace) -> list[Variant]:
     """The cells of a task that are not on record for these rows."""
     done = {
-        (c["criterion"], c["compensate"], c["seed"], c["sparsity"])
+        (c["name"], c["seed"], c["sparsity"], c["steps"])
         for c in measured(options.out / "results.jsonl")
         if c["task"] == task and c["data"] == data
     }
-    every = variants(options.criterion, options.compensate, options.sparsity)
-    return [v for v in every if (v.criterion, v.compensate, v.seed, v.sparsity) not in done]
+    every = variants(
+        options.criterion,
+        options.compensate,
+        options.sparsity,
+        options.allocation,
+        options.distill_steps,
+    )
+    return [v for v in every if (v.name, v.seed, v.sparsity, v.steps) not in done]
 
 
 def measure(tasks: dict[str, str], options: argparse.Namespace) -> None:
@@ -207,12 +226,16 @@ def plot(cells: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     every = [name for name in sorted(CRITERIA) if name not in NOT_HERE]
-    repairs = ["none", "bias", "lstsq", "sequential"]
+    repairs = ["none", "bias", "lstsq", "sequential", "distill"]
     parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, default=Path("quality"))
     parser.add_argument("--criterion", nargs="+", choices=every, default=every)
-    parser.add_argument("--compensate", nargs="+", choices=repairs, default=repairs)
+    parser.add_argument("--compensate", nargs="+", choices=repairs, default=repairs[:-1])
+    parser.add_argument(
+        "--allocation", nargs="+", choices=["uniform", "budget"], default=["uniform"]
+    )
+    parser.add_argument("--distill-steps", type=int, help="instead of ten minutes")
     parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--calibration", type=int, default=192, help="rows")
     parser.add_argument("--held-out", type=int, default=80, help="rows")

@@ -56,6 +56,21 @@ def test_rows_that_calibrate_are_not_held_out(tmp_path):
         quality.split(str(path), 4, 2)
 
 
+def test_budget_is_a_way_of_its_own_for_the_criterion_that_prices_widths():
+    found = quality.variants(
+        ["wanda", quality.BUDGETED], ["sequential", "distill"], [0.5], ["uniform", "budget"], 7
+    )
+    ways = [(v.name, v.allocation, v.steps) for v in found]
+    assert ways == [
+        ("wanda + sequential", "uniform", None),
+        ("reconstruction_fisher + sequential", "uniform", None),
+        ("reconstruction_fisher + sequential (budget)", "budget", None),
+        ("wanda + distill", "uniform", 7),
+        ("reconstruction_fisher + distill", "uniform", 7),
+        ("reconstruction_fisher + distill (budget)", "budget", 7),
+    ]
+
+
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, folder):
     path = tmp_path / "c.jsonl"
     rows = ({"prompt": f"w{i} w2", "completion": " w3 w4 w5"} for i in range(6))
@@ -66,6 +81,8 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, fol
         criterion=["wanda"],
         compensate=["none"],
         sparsity=[0.3],
+        allocation=["uniform"],
+        distill_steps=None,
         calibration=4,
         held_out=2,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.allocation import sensitivity
 from prunekit.compact import prune
 from prunekit.contrast import weigh
 from prunekit.corpus import Corpus
@@ -31,6 +32,8 @@ class Variant:
     compensate: str = "sequential"
     seed: int = 0
     keep_off_task: float = 0.0
+    allocation: str = "uniform"
+    steps: int | None = None  # of distill
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def run_variants(
     """Prune a copy of the model by each variant and measure it; the dense model stays as it is.
 
     Neurons are scored once a criterion, seed and weight of the distractor, and that time counts
-    for every variant.
+    for every variant. Budget allocation reads the loss by width off the scores: those of
+    reconstruction_fisher.
     """
     scored: dict[tuple[str, int, float], tuple[list[torch.Tensor], float]] = {}
     knob, weighed = 0.0, stats
@@ -82,11 +86,19 @@ def run_variants(
             scores,
             variant.sparsity,
             strategy=variant.strategy,
+            allocation=variant.allocation,
+            sensitivity=sensitivity(scores, smaller) if variant.allocation == "budget" else None,
             multiple_of=multiple_of,
             seed=variant.seed,
             recipe={"criterion": variant.criterion, "stats": weighed.hash},
         )
-        prune(smaller, chosen, stats=weighed, compensate=variant.compensate)
+        prune(
+            smaller,
+            chosen,
+            stats=weighed,
+            compensate=variant.compensate,
+            steps=variant.steps,
+        )
         seconds = scoring + time.perf_counter() - begun
         loss = evaluate_loss(smaller, tokenizer, held_out, quiet=quiet)
         yield Outcome(variant, smaller, loss, chosen.sparsity, seconds)
