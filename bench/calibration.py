@@ -19,7 +19,7 @@ from prunekit.arch import find_mlps
 from prunekit.batching import Tokens, batches, encode
 from prunekit.calibrate import calibrate, forward_decoder
 from prunekit.corpus import Corpus
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.measure import interleave, provenance, summarise
 from prunekit.tasks.embedded import humaneval
 

@@ -16,7 +16,7 @@ from bench.quality import contrasted, split, statistics
 from prunekit.evaluate import evaluate_loss
 from prunekit.experiment.off_task import Spent, off_task_spent
 from prunekit.experiment.variants import Variant, run_variants
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.report.plots import loss_off_task
 
 KNOBS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)

@@ -27,7 +27,7 @@ from prunekit.criteria import CRITERIA
 from prunekit.evaluate import evaluate_loss
 from prunekit.experiment.knee import shown
 from prunekit.experiment.variants import Variant, run_variants
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.report.plots import Point, loss_by_sparsity
 from prunekit.stats import NeuronStats
 

@@ -26,7 +26,7 @@ from prunekit.calibrate import calibrate
 from prunekit.corpus import Corpus, from_texts
 from prunekit.evaluate import evaluate_loss
 from prunekit.experiment.variants import Variant, run_variants
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.tasks.embedded import word_problems
 
 VOCABULARY = 512

@@ -20,7 +20,7 @@ from prunekit.stats import NeuronStats
 if TYPE_CHECKING:
     from prunekit.checkpoint import save
     from prunekit.experiment.search import search
-    from prunekit.integrations.transformers import load
+    from prunekit.integrations.loading import load
     from prunekit.measure import bench
 
 try:
@@ -31,7 +31,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 # Found on first use: they bring in transformers, or take longer to import than the rest together.
 _LAZY = {
     "bench": "prunekit.measure",
-    "load": "prunekit.integrations.transformers",
+    "load": "prunekit.integrations.loading",
     "save": "prunekit.checkpoint",
     "search": "prunekit.experiment.search",
 }

@@ -147,13 +147,18 @@ def text_config(model: nn.Module):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def layer_config(config, layer: int):
+    """What a configuration says of one layer, whose MLP may have a width of its own."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
+
 def _layer_number(name: str) -> int:
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     return int(numbers[0]) if numbers else 0
 
 
 def _width_key(name: str, width: int, model: nn.Module, candidates: tuple[str, ...]) -> str:
-    config = text_config(model)
+    config = layer_config(text_config(model), _layer_number(name))
     for key in candidates:
         if not hasattr(config, key):
             continue

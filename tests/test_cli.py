@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prunekit as pk
+from prunekit.arch import find_mlps
 from prunekit.cli import VERBS, main
 from prunekit.ops.gated_mlp_cpu import decodes
 from prunekit.ops.registry import OPERATIONS, force_backend
@@ -160,17 +161,23 @@ def test_dry_run_writes_nothing(capsys, tmp_path, folder, corpus):
 
 
 @pytest.mark.parametrize("criterion", ["auto", "wanda"])
-def test_a_budget_shares_out_what_uniform_would_keep(capsys, folder, corpus, criterion):
-    """Nothing can be saved yet, so it is asked for dry; whatever scores, Fisher shares out."""
-    options = ("--sparsity", 0.5, "--multiple-of", 8, "--dry-run", "--quiet")
+def test_a_budget_shares_out_what_uniform_would_keep(capsys, tmp_path, folder, corpus, criterion):
+    """Whatever scores, Fisher shares out; the checkpoint's widths differ, and it is loaded."""
+    options = ("--sparsity", 0.5, "--multiple-of", 8, "--quiet")
     given = ("--target", corpus, "--criterion", criterion, "--allocation", "budget", *options)
-    status, text, _ = run(capsys, "prune", folder, *given, "--json")
+    status, text, _ = run(capsys, "prune", folder, *given, "--dry-run")
     assert status == 0
-    facts = json.loads(text)
-    assert sum(facts["widths"]) == 96
-    assert len(set(facts["widths"])) == 2
-    text = run(capsys, "prune", folder, *given)[1]
-    assert f"widths by layer: {facts['widths'][0]} {facts['widths'][1]}\n" in text
+    out = tmp_path / "out"
+    status, saved, _ = run(capsys, "prune", folder, *given, "-o", out)
+    assert status == 0
+    assert "loads with prunekit.load, or transformers'" in saved
+    widths = [view.width for view in find_mlps(pk.load(out))]
+    assert sum(widths) == 96
+    assert len(set(widths)) == 2
+    assert f"widths by layer: {widths[0]} {widths[1]}\n" in text
+    status, text, _ = run(capsys, "inspect", out)
+    assert status == 0
+    assert f"{widths[0]}, {widths[1]}" in text
 
 
 def test_a_size_can_be_asked_for_instead_of_a_sparsity(capsys, tmp_path, folder, corpus):
@@ -324,14 +331,14 @@ def test_help_teaches_by_example(capsys):
             "needs distractors, which a search lacks",
         ),
         (
-            "prune MODEL --target CORPUS --sparsity 0.2 --allocation budget -o OUT",
-            "--allocation budget: its widths differ by layer; a plain checkpoint holds MLPs of one",
+            "prune EXPERTS --target CORPUS --sparsity 0.2 --allocation budget -o OUT",
+            "--allocation budget: its widths differ by layer; a checkpoint of this architecture",
         ),
         (
             "prune MODEL --strategy random --sparsity 0.2 --allocation budget --dry-run",
             "--allocation budget: needs --target FILE or --stats STATS",
         ),
-        ("prune MODEL --plan UNEVEN -o OUT", "--plan: its widths differ by layer; a plain"),
+        ("prune EXPERTS --plan UNEVEN -o OUT", "--plan: its widths differ by layer; a checkpoint"),
         ("prune MODEL --plan CORPUS -o OUT", "is no whole safetensors file"),
         ("prune MODEL --plan PLAN -o OUT", "made for another model"),
         ("prune nowhere/at-all --target CORPUS --sparsity 0.2 -o OUT", "nowhere/at-all"),
@@ -360,12 +367,24 @@ def test_bad_input_gives_one_line_and_exit_2(capsys, tmp_path, folder, corpus, a
     (tmp_path / "strangers" / "x").mkdir(parents=True)
     places["PLAN"] = tmp_path / "plan"
     plan([torch.rand(128)] * 2, 0.5).save(places["PLAN"])
-    places["UNEVEN"] = tmp_path / "uneven"
-    uneven = tuple(torch.arange(k, dtype=torch.int32) for k in (16, 32))
-    pk.PrunePlan(uneven, (96, 96)).save(places["UNEVEN"])
+    if "EXPERTS" in arguments:
+        places["EXPERTS"] = experts_folder(tmp_path / "experts", folder)
+        places["UNEVEN"] = tmp_path / "uneven"
+        uneven = tuple(torch.arange(k, dtype=torch.int32) for k in [16] * 4 + [32] * 4)
+        pk.PrunePlan(uneven, (96,) * 8).save(places["UNEVEN"])
     line = refused(capsys, *(places.get(word, word) for word in arguments.split()))
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def experts_folder(path, folder):
+    """A tiny mixture of experts, with another model's tokenizer."""
+    import shutil
+
+    tiny_model("mixtral").save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, path / name)
+    return path
 
 
 def test_an_unsupported_architecture_names_the_modules_seen(capsys, tmp_path, corpus, folder):

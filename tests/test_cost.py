@@ -10,7 +10,7 @@ import prunekit as pk
 from prunekit.arch import decoder_of
 from prunekit.cli import forecast as forecast_module
 from prunekit.cli import main
-from prunekit.integrations.transformers import load_shape
+from prunekit.integrations.loading import load_shape
 from prunekit.measure.cost import Rates, Shape, Work, measure_rates, predict
 from tests.models import random_ids, tiny_model
 
@@ -189,6 +189,6 @@ def test_a_run_says_before_it_begins_what_it_will_take(tmp_path, folder, capsys,
 
 
 def test_the_meta_model_has_the_shape_of_the_loaded_one(folder):
-    from prunekit.integrations.transformers import load
+    from prunekit.integrations.loading import load
 
     assert Shape.of(load_shape(str(folder))) == Shape.of(load(folder, device="cpu"))

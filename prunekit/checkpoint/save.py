@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
 from prunekit import files
-from prunekit.arch import find_mlps, text_config
 from prunekit.checkpoint.card import model_card
+from prunekit.checkpoint.widths import check_widths, differ
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
 
@@ -42,12 +42,12 @@ def save(
 
     Raises:
         InputError: the folder is not empty and ``force`` is not set, it cannot be written, or the
-            widths differ by layer, which the model's configuration cannot say.
+            widths differ by layer in a model that could then not be loaded.
 
     Cost:
         The model's bytes, written once.
     """
-    _check_widths(model)
+    check_widths(model)
     record = _record(model, results or {})
     plan: PrunePlan | None = (getattr(model, "prunekit", None) or {}).get("plan")
     with files.replacing_folder(path, force=force) as folder:
@@ -70,24 +70,6 @@ def weight_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
 
 
-def _check_widths(model: nn.Module) -> None:
-    config = text_config(model)
-    for view in find_mlps(model, verify=False):
-        expected = getattr(config, view.width_key, None)
-        if expected is not None and expected != view.width:
-            refuse_differing_widths(
-                f"save: {view.name} has {view.width} neurons where {view.width_key} says {expected}"
-            )
-
-
-def refuse_differing_widths(what: str) -> NoReturn:
-    """Raise the InputError of every attempt to save MLPs of several widths."""
-    raise InputError(
-        f"{what}; a plain checkpoint holds MLPs of one width only: take --allocation uniform, or "
-        "use the model where it is (prunekit.prune, compact_modules, evaluate)"
-    )
-
-
 def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:
     facts = getattr(model, "prunekit", None) or {}
     plan: PrunePlan | None = facts.get("plan")
@@ -106,6 +88,7 @@ def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:
             "sparsity": round(plan.sparsity, 6),
             "widths": plan.widths(),
             "dense_widths": list(plan.dense_widths),
+            "widths_differ": differ(plan.dense_widths, plan.widths()),
             "stats": facts["stats"],
             "calibration": calibration,
         }

@@ -8,7 +8,7 @@ from prunekit.cli.output import Output, count, megabytes
 from prunekit.compact import compact_modules
 from prunekit.config import BenchConfig
 from prunekit.errors import InputError
-from prunekit.integrations.transformers import load
+from prunekit.integrations.loading import load
 from prunekit.measure.comparison import Throughput, bench_models
 from prunekit.measure.memory import model_bytes, parameter_count, peak_memory
 from prunekit.measure.provenance import provenance

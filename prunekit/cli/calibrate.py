@@ -8,7 +8,7 @@ from prunekit.cli.sources import corpora, joined
 from prunekit.config import CalibrateConfig
 from prunekit.errors import InputError
 from prunekit.files import check_output_file
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.stats import NeuronStats
 
 CONFIG = CalibrateConfig

@@ -22,7 +22,7 @@ from prunekit.experiment.knee import shown
 from prunekit.experiment.off_task import Spent, off_task_spent
 from prunekit.experiment.variants import Outcome, Variant, run_variants
 from prunekit.files import check_output_file, write_json
-from prunekit.integrations.transformers import DEMO, load, load_tokenizer
+from prunekit.integrations.loading import DEMO, load, load_tokenizer
 from prunekit.measure.comparison import bench_models
 from prunekit.measure.memory import parameter_count, peak_memory
 from prunekit.measure.provenance import provenance

@@ -6,7 +6,7 @@ from prunekit.cli.output import Output
 from prunekit.config import EnvConfig
 from prunekit.criteria import CRITERIA
 from prunekit.errors import InputError
-from prunekit.integrations.transformers import DEMO, load_tokenizer
+from prunekit.integrations.loading import DEMO, load_tokenizer
 from prunekit.measure.provenance import provenance
 from prunekit.ops.backends import EXTENSION_PROBLEM, TRITON_PROBLEM, serving
 from prunekit.ops.gated_mlp_cpu import DECODE_TOKENS

@@ -7,7 +7,7 @@ from prunekit.cli.sources import corpora
 from prunekit.config import EvalConfig
 from prunekit.errors import InputError
 from prunekit.evaluate import evaluate
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.measure.provenance import provenance
 
 CONFIG = EvalConfig

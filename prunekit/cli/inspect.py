@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prunekit import files
 from prunekit.checkpoint import RECORD, read_record
+from prunekit.checkpoint.widths import differ
 from prunekit.cli.calibrate import describe_stats, summary
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.config import InspectConfig
@@ -43,11 +45,18 @@ def _facts(record: dict) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), value) for key, value in rows]
 
 
+def _widths(dense_widths: Sequence[int], widths: Sequence[int]) -> str:
+    pairs = sorted(set(zip(dense_widths, widths, strict=True)))
+    if differ(dense_widths, widths):
+        dense = ", ".join(map(str, sorted(set(dense_widths))))
+        return f"{dense} → by layer {', '.join(map(str, widths))}"
+    return ", ".join(f"{dense} → {kept}" for dense, kept in pairs)
+
+
 def _plan(plan: PrunePlan, output: Output) -> None:
-    widths = sorted(set(zip(plan.dense_widths, plan.widths(), strict=True)))
     rows = [
         ("MLPs", str(len(plan.kept))),
-        ("widths", ", ".join(f"{dense} → {kept}" for dense, kept in widths)),
+        ("widths", _widths(plan.dense_widths, plan.widths())),
         ("sparsity reached", f"{plan.sparsity:.4f}"),
         *_facts({k: v for k, v in plan.recipe.items() if k != "fingerprint"}),
     ]
@@ -67,15 +76,14 @@ def _folder(path: Path, output: Output) -> int:
     if not (path / RECORD).is_file():
         raise InputError(f"{path}: no {RECORD}; it was not written by prunekit")
     record = read_record(path)
-    widths = sorted(set(zip(record.get("dense_widths", []), record.get("widths", []), strict=True)))
     rows = [
         ("dense model", record.get("model", "")),
         ("parameters", count(record["parameters"])),
         ("size on disk", megabytes(record["bytes"])),
         ("dtype", record["dtype"]),
     ]
-    if widths:
-        rows.append(("widths", ", ".join(f"{dense} → {kept}" for dense, kept in widths)))
+    if "widths" in record:
+        rows.append(("widths", _widths(record["dense_widths"], record["widths"])))
         rows.append(("sparsity reached", f"{record['sparsity']:.4f}"))
         rows += _facts({k: v for k, v in record["recipe"].items() if k != "fingerprint"})
     output.table(f"model {path}", ("", "value"), rows)

@@ -12,7 +12,8 @@ from prunekit.allocation import sensitivity
 from prunekit.arch import find_mlps, fingerprint
 from prunekit.batching import Tokens
 from prunekit.calibrate import calibrate
-from prunekit.checkpoint import refuse_differing_widths, save, weight_bytes
+from prunekit.checkpoint import save, weight_bytes
+from prunekit.checkpoint.widths import differ, loadable, loader, refuse_differing_widths
 from prunekit.cli import search
 from prunekit.cli.forecast import LENGTH, PROMPTS, counted, forecast
 from prunekit.cli.output import Output, count, megabytes
@@ -34,7 +35,7 @@ from prunekit.experiment.goals import (
     sparsity_for_bytes,
 )
 from prunekit.files import check_output_folder
-from prunekit.integrations.transformers import load, load_shape, load_tokenizer
+from prunekit.integrations.loading import load, load_shape, load_tokenizer
 from prunekit.measure.cost import Work
 from prunekit.measure.memory import parameter_count
 from prunekit.plan import PrunePlan, check_sparsity, kept_width, plan
@@ -62,13 +63,12 @@ def run(config: PruneConfig, output: Output) -> int:
     if config.dry_run and not needs_more:
         return _dry_run(config, output)
     given = PrunePlan.load(config.plan) if config.plan else None
-    if given and config.output and not config.dry_run:
-        _check_savable(given)
     stats = NeuronStats.load(config.stats) if config.stats else None
     tokenizer = load_tokenizer(config.model)
     target = corpora(config.target, tokenizer, config.limit)
     distractors = corpora(config.distractor, tokenizer, config.limit)
     model = load(config.model, dtype=config.dtype)
+    _check_savable(config, model, given)
     sparsity = 0.0 if given else _sparsity(config, model, output)
     if target:
         method = _method(config, has_target=True)
@@ -126,7 +126,7 @@ def run(config: PruneConfig, output: Output) -> int:
         f"kept {_widths(chosen)}; repair: {method}\n"
         f"parameters {count(facts['parameters_dense'])} -> {count(after)}, "
         f"{megabytes(facts['bytes'])} on disk, pruned in {seconds:.1f} s\n"
-        f"saved {folder}: loads with transformers' AutoModelForCausalLM.from_pretrained"
+        f"saved {folder}: loads with {loader(differ(chosen.dense_widths, chosen.widths()))}"
     )
     if config.distractor or config.keep_off_task:
         output.line(
@@ -226,8 +226,6 @@ def _check(config: PruneConfig) -> None:
     if config.output:
         check_output_folder(config.output, force=config.force)
     _check_goal(config)
-    if config.output and not config.dry_run and _shares(config):
-        refuse_differing_widths("--allocation budget: its widths differ by layer")
     if config.multiple_of < 1:
         raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
     if config.compensate:
@@ -259,8 +257,13 @@ def _check_contrast(config: PruneConfig, criterion: Criterion) -> None:
         raise InputError("--keep-off-task: needs --distractor FILE, or --stats with one")
 
 
-def _check_savable(plan: PrunePlan) -> None:
-    if len(set(zip(plan.dense_widths, plan.widths(), strict=True))) > len(set(plan.dense_widths)):
+def _check_savable(config: PruneConfig, model, given: PrunePlan | None) -> None:
+    """Refuse before the work what could not be saved after it."""
+    if config.dry_run or loadable(model):
+        return
+    if _shares(config):
+        refuse_differing_widths("--allocation budget: its widths differ by layer")
+    if given and differ(given.dense_widths, given.widths()):
         refuse_differing_widths("--plan: its widths differ by layer")
 
 

