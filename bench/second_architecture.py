@@ -211,7 +211,7 @@ def main() -> int:
     target = prompts(seen, CALIBRATION, "the standard library, calibration")
     held_out = prompts(unseen, HELD_OUT, "the standard library, held out")
     problems = word_problems(CALIBRATION, seed=2)
-    stats = calibrate(model, tokenizer, target, [problems], gram=True, gradients=True, quiet=True)
+    stats = calibrate(model, tokenizer, target, [problems], gram=True, taylor=True, quiet=True)
     dense = evaluate_loss(model, tokenizer, held_out, quiet=True)
     print(f"dense: {dense.loss:.3f} nats a token on {dense.tokens:,} tokens", flush=True)
     rises: dict[str, dict[float, float]] = {}

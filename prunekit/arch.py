@@ -439,6 +439,14 @@ def fingerprint(views: list[MLPView]) -> str:
 
 
 @torch.no_grad()
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf: one read, without a tensor of booleans as large."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def check_finite(model: nn.Module, views: list[MLPView]) -> None:
     """Raise InputError if a weight in memory is NaN or Inf, naming the MLP and neuron it is of.
 
@@ -453,7 +461,7 @@ def check_finite(model: nn.Module, views: list[MLPView]) -> None:
             ("up", view.up, 1),
             ("down", view.down, 0),
         ):
-            if matrix is None or torch.isfinite(matrix).all():
+            if matrix is None or all_finite(matrix):
                 continue
             neuron = int((~torch.isfinite(matrix)).any(axis).nonzero()[0])
             raise InputError(
@@ -463,7 +471,7 @@ def check_finite(model: nn.Module, views: list[MLPView]) -> None:
     seen = {id(slot.parameter) for view in views for slot in view.slots.values()}
     for name, parameter in model.named_parameters():
         known = id(parameter) in seen or parameter.is_meta or not parameter.is_floating_point()
-        if not known and not torch.isfinite(parameter).all():
+        if not known and not all_finite(parameter):
             raise InputError(
                 f"{name}: holds NaN or Inf; the model is broken: get its weights anew, or load "
                 "them in bf16 or fp32"

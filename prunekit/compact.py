@@ -208,16 +208,24 @@ def _replace(slot: Slot, new: torch.Tensor) -> None:
 
 def _shrink(members: list[tuple[Slot, torch.Tensor]]) -> None:
     slot = members[0][0]
-    old = slot.parameter
-    if old.dim() == 3:
-        matrices = []
-        for e in range(old.shape[0]):
-            runs = [(s, k) for s, k in members if s.expert == e]
-            matrices.append(_gather(old[e], runs))
-        new = torch.stack(matrices)
-    else:
-        new = _gather(old, members)
-    _replace(slot, new)
+    _replace(slot, gathered(slot.parameter, members))
+
+
+def gathered(parameter: torch.Tensor, members: list[tuple[Slot, torch.Tensor]]) -> torch.Tensor:
+    """A parameter with only the neurons that are kept of each run in it.
+
+    Args:
+        parameter: a matrix, a bias, or a stack of the experts' matrices.
+        members: for each run of neurons where it lies and which of them stay, in order.
+    """
+    if parameter.dim() < 3:
+        return _gather(parameter, members)
+    return torch.stack(
+        [
+            _gather(matrix, [(s, k) for s, k in members if s.expert == e])
+            for e, matrix in enumerate(parameter)
+        ]
+    )
 
 
 def _gather(matrix: torch.Tensor, members: list[tuple[Slot, torch.Tensor]]) -> torch.Tensor:

@@ -111,6 +111,12 @@ class PruneConfig:
         "say what would be kept, predict time, memory and disk, and write nothing; unless --stats, "
         "--plan or budget ask for more, a config.json is enough",
     )
+    no_load: bool = option(
+        False,
+        "prune the checkpoint on disk, tensor by tensor, without loading the model: needs --stats, "
+        "or --strategy random; repairs are lstsq, bias and none (taken of itself where the weights "
+        "are larger than half of the free memory)",
+    )
     force: bool = option(False, "replace OUT if it exists")
     quiet: bool = option(False, "no progress bar")
 
@@ -171,6 +177,9 @@ class InspectConfig:
     """Say what is in a file or folder: statistics, a plan, or a model."""
 
     path: str = argument("statistics, a plan, or a model folder", metavar="PATH")
+    verify: bool = option(
+        False, "hold every tensor of a model folder against its hash; exit status 1 if one differs"
+    )
 
 
 @dataclass(frozen=True)

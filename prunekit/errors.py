@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad usage or bad input. The command line prints its message and exits with 2."""
+
+
+class CheckError(Exception):
+    """A check failed. The command line prints its message and exits with 1."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import _LAYOUTS as LAYOUTS
-from prunekit.arch import find_mlps, register_arch
+from prunekit.arch import all_finite, find_mlps, register_arch
 from prunekit.compact import prune
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
@@ -174,3 +174,16 @@ def test_an_unknown_activation_is_refused():
     model = tiny_model("llama", hidden_act="sigmoid")
     with pytest.raises(InputError, match=r"act_fn: .* is none of silu, gelu"):
         find_mlps(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 63, 64, 1000, 4098])
+def test_one_value_that_is_not_finite_is_seen_wherever_it_stands(dtype, value, place):
+    tensor = torch.randn(3, 1366 + 1).to(dtype)
+    assert all_finite(tensor)
+    assert all_finite(tensor.T)
+    tensor.view(-1)[place] = value
+    assert not all_finite(tensor)
+    assert not all_finite(tensor.T)
+    assert all_finite(torch.empty(0, 4, dtype=dtype))

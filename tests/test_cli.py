@@ -180,6 +180,51 @@ def test_a_budget_shares_out_what_uniform_would_keep(capsys, tmp_path, folder, c
     assert f"{widths[0]}, {widths[1]}" in text
 
 
+def test_a_model_is_pruned_without_being_loaded(capsys, tmp_path, folder, corpus):
+    """From statistics and by chance; what it gives is what loading the model gives."""
+    stats, options = tmp_path / "s.stats", ("--sparsity", 0.4, "--multiple-of", 8, "--quiet")
+    assert (
+        run(capsys, "calibrate", folder, "--target", corpus, "--gram", "--quiet", "-o", stats)[0]
+        == 0
+    )
+    for given in (
+        ("--stats", stats, "--compensate", "lstsq"),
+        ("--stats", stats, "--criterion", "rms", "--compensate", "none"),
+        ("--strategy", "random", "--seed", 3),
+    ):
+        loaded, out = tmp_path / "loaded", tmp_path / "out"
+        again = (*given, *options, "--force")
+        assert run(capsys, "prune", folder, *again, "-o", loaded)[0] == 0
+        status, text, _ = run(capsys, "prune", folder, *again, "--no-load", "-o", out)
+        assert status == 0
+        assert "pruned on disk: 41.67% of the neurons removed" in text
+        assert torch.equal(logits(pk.load(out)), logits(pk.load(loaded)))
+        assert (out / "tokenizer.json").exists()
+        assert run(capsys, "inspect", out, "--verify")[0] == 0
+
+
+def test_a_model_too_large_for_memory_is_pruned_on_disk_unasked(
+    capsys, tmp_path, folder, monkeypatch
+):
+    from prunekit.cli import streamed
+
+    monkeypatch.setattr(streamed, "SHARE", 1e-9)
+    given = ("--strategy", "random", "--sparsity", 0.4, "--multiple-of", 8, "--quiet")
+    status, text, _ = run(capsys, "prune", folder, *given, "-o", tmp_path / "out")
+    assert status == 0
+    assert "pruned on disk" in text
+
+
+def test_verifying_a_model_that_was_changed_exits_1(capsys, tmp_path, folder):
+    out = pk.save(pk.load(folder), None, tmp_path / "out")
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    status, text, line = run(capsys, "inspect", out, "--verify")
+    assert (status, text, line.count("\n")) == (1, "", 1)
+    assert "is not what was written; get it anew" in line
+
+
 def test_a_size_can_be_asked_for_instead_of_a_sparsity(capsys, tmp_path, folder, corpus):
     dense = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     given = ("--strategy", "random", "--target-bytes", dense - 20_000, "--multiple-of", 8)
@@ -340,6 +385,19 @@ def test_help_teaches_by_example(capsys):
         ),
         ("prune EXPERTS --plan UNEVEN -o OUT", "--plan: its widths differ by layer; a checkpoint"),
         ("prune MODEL --plan CORPUS -o OUT", "is no whole safetensors file"),
+        (
+            "prune MODEL --target CORPUS --sparsity 0.2 --no-load -o OUT",
+            "--no-load: --target runs the model; give --stats",
+        ),
+        ("prune MODEL --sparsity 0.2 --no-load -o OUT", "needs --target FILE or --stats STATS"),
+        (
+            "prune MODEL --stats CORPUS --sparsity 0.2 --compensate sequential --no-load -o OUT",
+            "compensate sequential runs the model; expected one of none, bias, lstsq",
+        ),
+        (
+            "prune demo --strategy random --sparsity 0.2 --no-load -o OUT",
+            "is a GGUF file; expected a folder of safetensors",
+        ),
         ("prune MODEL --plan PLAN -o OUT", "made for another model"),
         ("prune nowhere/at-all --target CORPUS --sparsity 0.2 -o OUT", "nowhere/at-all"),
         ("prune STRANGERS --target CORPUS --sparsity 0.2 -o OUT", "has no config.json"),

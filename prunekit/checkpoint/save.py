@@ -10,8 +10,9 @@ from torch import nn
 
 from prunekit import files
 from prunekit.checkpoint.card import model_card
+from prunekit.checkpoint.shards import Shards
 from prunekit.checkpoint.widths import check_widths, differ
-from prunekit.errors import InputError
+from prunekit.errors import CheckError, InputError
 from prunekit.plan import PrunePlan
 
 RECORD = "prunekit.json"
@@ -48,8 +49,6 @@ def save(
         The model's bytes, written once.
     """
     check_widths(model)
-    record = _record(model, results or {})
-    plan: PrunePlan | None = (getattr(model, "prunekit", None) or {}).get("plan")
     with files.replacing_folder(path, force=force) as folder:
         try:
             model.save_pretrained(folder)
@@ -57,12 +56,58 @@ def save(
                 tokenizer.save_pretrained(folder)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        record["bytes"] = weight_bytes(folder)
-        if plan is not None:
-            plan.save(folder / PLAN)
-        files.write_json(folder / RECORD, record)
-        (folder / CARD).write_text(model_card(record))
+        hashes = {entry.name: entry.sha256() for entry in Shards(folder)}
+        finish(folder, model, hashes=hashes, results=results)
     return Path(path)
+
+
+def finish(
+    folder: Path,
+    model: nn.Module,
+    *,
+    hashes: dict[str, str],
+    results: dict[str, Any] | None = None,
+) -> None:
+    """Put plan, ``prunekit.json`` and model card beside weights that were written.
+
+    Args:
+        folder: where they are.
+        model: what they are of; it may be without weights.
+        hashes: sha256 of every tensor, by name.
+        results: measurements to record.
+    """
+    record = _record(model, results or {})
+    record |= {"bytes": weight_bytes(folder), "sha256": hashes}
+    plan: PrunePlan | None = (getattr(model, "prunekit", None) or {}).get("plan")
+    if plan is not None:
+        plan.save(folder / PLAN)
+    files.write_json(folder / RECORD, record)
+    (folder / CARD).write_text(model_card(record))
+
+
+def verify(folder: str | Path) -> int:
+    """Hold every tensor of a saved model against the hash in its ``prunekit.json``.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        InputError: a file is missing or broken, or the record has no hashes.
+        CheckError: a tensor is not what was written.
+
+    Cost:
+        The weights read once.
+    """
+    said = read_record(folder).get("sha256")
+    if not isinstance(said, dict):
+        raise InputError(f"{folder}: its {RECORD} has no hashes to verify by")
+    entries = Shards(folder).entries
+    if missing := sorted(set(said) ^ set(entries)):
+        raise CheckError(f"{folder}: its {RECORD} and its weights do not fit: {missing[0]}")
+    for name, entry in entries.items():
+        if entry.sha256() != said[name]:
+            raise CheckError(f"{entry.path}: {name} is not what was written; get it anew")
+    return len(entries)
 
 
 def weight_bytes(folder: str | Path) -> int:

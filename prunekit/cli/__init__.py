@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from prunekit.cli.output import Output
 from prunekit.cli.parser import Parser, add_options, to_config
-from prunekit.errors import InputError
+from prunekit.errors import CheckError, InputError
 from prunekit.ops.registry import BackendError
 
 VERBS = ("demo", "calibrate", "prune", "search", "eval", "bench", "inspect", "env")
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, BackendError) as error:
         print(f"prunekit {namespace.verb}: {error}", file=sys.stderr)
         return 2
+    except CheckError as error:
+        print(f"prunekit {namespace.verb}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our stdout went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

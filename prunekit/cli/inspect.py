@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunekit import files
-from prunekit.checkpoint import RECORD, read_record
+from prunekit.checkpoint import RECORD, read_record, verify
 from prunekit.checkpoint.widths import differ
 from prunekit.cli.calibrate import describe_stats, summary
 from prunekit.cli.output import Output, count, megabytes
@@ -18,6 +18,7 @@ from prunekit.stats import NeuronStats
 CONFIG = InspectConfig
 EXAMPLES = """  prunekit inspect task.stats
   prunekit inspect small
+  prunekit inspect small --verify
   prunekit inspect small/plan.safetensors --json"""
 
 
@@ -27,7 +28,7 @@ def run(config: InspectConfig, output: Output) -> int:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
-        return _folder(path, output)
+        return _folder(path, output, verified=verify(path) if config.verify else None)
     kind = files.read_header(path).get("kind")
     if kind == "neuron-stats":
         stats = NeuronStats.load(path)
@@ -72,7 +73,7 @@ def _plan(plan: PrunePlan, output: Output) -> None:
     )
 
 
-def _folder(path: Path, output: Output) -> int:
+def _folder(path: Path, output: Output, verified: int | None) -> int:
     if not (path / RECORD).is_file():
         raise InputError(f"{path}: no {RECORD}; it was not written by prunekit")
     record = read_record(path)
@@ -86,6 +87,8 @@ def _folder(path: Path, output: Output) -> int:
         rows.append(("widths", _widths(record["dense_widths"], record["widths"])))
         rows.append(("sparsity reached", f"{record['sparsity']:.4f}"))
         rows += _facts({k: v for k, v in record["recipe"].items() if k != "fingerprint"})
+    if verified is not None:
+        rows.append(("verified", f"{verified} tensors are what was written"))
     output.table(f"model {path}", ("", "value"), rows)
-    output.json({"kind": "model", **record})
+    output.json({"kind": "model", "verified": verified, **record})
     return 0

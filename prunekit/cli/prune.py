@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -18,6 +19,7 @@ from prunekit.cli import search
 from prunekit.cli.forecast import LENGTH, PROMPTS, counted, forecast
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
+from prunekit.cli.streamed import stream, streamed
 from prunekit.compact import prune
 from prunekit.compensate import check_budget, check_method, default_method
 from prunekit.config import PruneConfig, SearchConfig
@@ -51,7 +53,8 @@ EXAMPLES = """  prunekit prune demo --target task.jsonl --sparsity 0.2 -o small
   prunekit prune demo --target math.jsonl --distractor chat.jsonl --keep-off-task 0.25 \\
       --sparsity 0.2 -o still-chats
   prunekit prune demo --target task.jsonl --target-bytes 200MB -o fits
-  prunekit prune demo --strategy random --seed 33 --sparsity 0.1 -o control"""
+  prunekit prune demo --strategy random --seed 33 --sparsity 0.1 -o control
+  prunekit prune large-model --stats large.stats --sparsity 0.35 --no-load -o smaller"""
 
 
 def run(config: PruneConfig, output: Output) -> int:
@@ -62,6 +65,8 @@ def run(config: PruneConfig, output: Output) -> int:
     needs_more = config.stats or config.plan or config.target_speedup or _shares(config)
     if config.dry_run and not needs_more:
         return _dry_run(config, output)
+    if streamed(config, drawn=_drawn(config)):
+        return stream(config, output, _chosen_on_disk)
     given = PrunePlan.load(config.plan) if config.plan else None
     stats = NeuronStats.load(config.stats) if config.stats else None
     tokenizer = load_tokenizer(config.model)
@@ -329,8 +334,25 @@ def _search(config: PruneConfig, output: Output) -> int:
     return search.run(SearchConfig(**options), output)
 
 
+def _chosen_on_disk(config: PruneConfig, output: Output, checkpoint, stats, method) -> PrunePlan:
+    """The plan of a model that is not loaded."""
+    if config.plan:
+        return PrunePlan.load(config.plan)
+
+    def scored(stats, model, criterion: str, *, seed: int = 0) -> list[torch.Tensor]:
+        return checkpoint.score(stats, criterion, seed=seed)
+
+    sparsity = _sparsity(config, checkpoint.shape, output)
+    return _choose(config, sparsity, checkpoint.shape, stats, method, scored)
+
+
 def _choose(
-    config: PruneConfig, sparsity: float, model, stats: NeuronStats | None, method: str
+    config: PruneConfig,
+    sparsity: float,
+    model,
+    stats: NeuronStats | None,
+    method: str,
+    score: Callable[..., list[torch.Tensor]] = score,
 ) -> PrunePlan:
     criterion = resolved(config.criterion, stats, repaired=_solves(method))
     criterion = "random" if config.strategy == "random" else criterion

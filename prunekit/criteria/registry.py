@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,14 +103,32 @@ def score(
         InputError: unknown criterion, missing class of statistics or optional sums, statistics of
             another model, or a score that is not finite.
     """
-    scorer = get_criterion(criterion)
     views = find_mlps(model)
+    return score_views(stats, views, views, criterion, seed=seed)
+
+
+@torch.no_grad()
+def score_views(
+    stats: NeuronStats | None,
+    views: Sequence[MLPView],
+    read: Iterable[MLPView],
+    criterion: str,
+    *,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """As `score`, of MLPs whose weights come one MLP at a time.
+
+    Args:
+        views: all MLPs, with or without weights.
+        read: the same with weights, one after the other.
+    """
+    scorer = get_criterion(criterion)
     classes = stats.classes if stats is not None else {}
     _check_complete(scorer, classes)
     if stats is not None:
         stats.check_model(views)
     scores = []
-    for i, view in enumerate(views):
+    for i, view in enumerate(read):
         target, distractor = (
             classes[name][i] if name in classes else None for name in ("target", "distractor")
         )

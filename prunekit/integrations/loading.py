@@ -63,6 +63,27 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def weights_folder(model: str) -> Path:
+    """The folder of a model's safetensors; a hub id is fetched, its weights not loaded.
+
+    Raises:
+        InputError: it has none, or cannot be found.
+    """
+    folder, options = _source(str(model))
+    if options:
+        raise InputError(f"model {model}: is a GGUF file; expected a folder of safetensors")
+    if Path(folder).is_dir():
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    unwanted = ["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack", "original/*"]
+    try:
+        return Path(snapshot_download(folder, ignore_patterns=unwanted))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"model {model}: cannot be fetched: {_first_line(error)}") from error
+
+
 def load_shape(model: str, *, dtype: str = "auto") -> Any:
     """A model without weights, on the meta device: what its config.json alone says of it.
 
