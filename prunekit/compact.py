@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,8 +84,7 @@ def prune(
         check_budget(minutes, steps)
         check_prompts("distill", views, stats)
         teacher = Teacher(model, stats.prompts, quiet=quiet)
-    fixes = _repairs(model, views, plan, stats, compensate, quiet)
-    _check_repairs(views, fixes)
+    fixes = repairs(model, views, plan, stats, compensate, quiet=quiet)
     with torch.no_grad():
         for indices in blocks(views):
             _compact_block(
@@ -93,7 +92,7 @@ def prune(
                 [plan.kept[i] for i in indices],
                 [fixes[i] for i in indices],
             )
-    _update_config(model, views, plan, opens_bias=compensate == "bias")
+    update_config(model, views, plan.widths(), opens_bias=compensate == "bias")
     model.prunekit = _record(plan, stats, compensate)
     if teacher is not None:
         taken = distill(model, views, teacher, minutes=minutes, steps=steps, quiet=quiet)
@@ -101,20 +100,36 @@ def prune(
     return model
 
 
-def _repairs(
+def repairs(
     model: nn.Module,
     views: list[MLPView],
     plan: PrunePlan,
     stats: NeuronStats | None,
     method: str,
-    quiet: bool,
+    *,
+    quiet: bool = False,
 ) -> list[Repair | None]:
+    """What each MLP's down projection is to become when only the plan's neurons stay.
+
+    Args:
+        model: dense; as it was on return.
+        views: its MLPs.
+        plan: made for it.
+        stats: of it; not needed for none.
+        method: none, bias, lstsq, or sequential (distill begins with it).
+
+    Raises:
+        InputError: a repair is not finite in the weights' dtype.
+    """
     if method == "none":
         return [None] * len(views)
     if method in ("sequential", "distill"):
-        return sequential(model, views, plan.kept, stats, quiet=quiet)
-    triples = zip(views, stats.target, plan.kept, strict=True)
-    return [repair(view, sums, kept, method) for view, sums, kept in triples]
+        fixes = sequential(model, views, plan.kept, stats, quiet=quiet)
+    else:
+        triples = zip(views, stats.target, plan.kept, strict=True)
+        fixes = [repair(view, sums, kept, method) for view, sums, kept in triples]
+    _check_repairs(views, fixes)
+    return fixes
 
 
 def _check_repairs(views: list[MLPView], fixes: list[Repair | None]) -> None:
@@ -196,11 +211,12 @@ def _shrink_together(view: MLPView, kept: torch.Tensor) -> set[str]:
     gate, *up, down = (weight.detach() for weight in weights)
     found = ops.compact_mlp(gate, up[0] if up else None, down, kept.to(gate.device))
     for role, new in zip(roles, (t for t in found if t is not None), strict=True):
-        _replace(view.slots[role], new)
+        replace_parameter(view.slots[role], new)
     return set(roles)
 
 
-def _replace(slot: Slot, new: torch.Tensor) -> None:
+def replace_parameter(slot: Slot, new: torch.Tensor) -> None:
+    """Put another tensor in a parameter's place, and tell its module of its shape."""
     trained = slot.parameter.requires_grad
     setattr(slot.owner, slot.name, nn.Parameter(new, requires_grad=trained))
     _update_linear(slot.owner, slot.name)
@@ -208,7 +224,7 @@ def _replace(slot: Slot, new: torch.Tensor) -> None:
 
 def _shrink(members: list[tuple[Slot, torch.Tensor]]) -> None:
     slot = members[0][0]
-    _replace(slot, gathered(slot.parameter, members))
+    replace_parameter(slot, gathered(slot.parameter, members))
 
 
 def gathered(parameter: torch.Tensor, members: list[tuple[Slot, torch.Tensor]]) -> torch.Tensor:
@@ -257,12 +273,19 @@ def _set_bias(view: MLPView, bias: torch.Tensor | None) -> None:
     owner.bias.copy_(bias)
 
 
-def _update_config(
-    model: nn.Module, views: list[MLPView], plan: PrunePlan, *, opens_bias: bool
+def update_config(
+    model: nn.Module, views: list[MLPView], kept_widths: Sequence[int], *, opens_bias: bool = False
 ) -> None:
+    """Have a model's configuration say what its MLPs' widths now are.
+
+    Args:
+        views: its MLPs.
+        kept_widths: F' of each.
+        opens_bias: its down projections got a bias that they did not have.
+    """
     config = text_config(model)
     widths: dict[str, dict[int, set[int]]] = {}
-    for view, width in zip(views, plan.widths(), strict=True):
+    for view, width in zip(views, kept_widths, strict=True):
         widths.setdefault(view.width_key, {}).setdefault(view.layer, set()).add(width)
     for key, by_layer in widths.items():
         _set_widths(config, key, by_layer)

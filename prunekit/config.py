@@ -173,6 +173,34 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Write a model in another form: for every sparsity, or for loaders that know one width."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    format: str = option(
+        "nested",
+        "nested: neurons in the order of their scores, so that prunekit.load(OUT, sparsity=S) "
+        "reads what S keeps; padded: MLPs of several widths filled up with zeros to one",
+        choices=("nested", "padded"),
+    )
+    output: str = option("", "folder to write to", short="-o", metavar="OUT")
+    stats: str = option("", "nested: statistics from `prunekit calibrate`, which order neurons")
+    criterion: str = option("auto", "nested: what scores a neuron, as in `prunekit prune`")
+    anchor: tuple[float, ...] = option(
+        (), "nested: sparsities for which the repair is kept too", metavar="S"
+    )
+    compensate: str = option(
+        "",
+        "nested: the anchors' repair; by default the best that the statistics suffice for",
+        metavar="{none,lstsq,sequential}",
+    )
+    multiple_of: int = option(64, "nested: kept widths are rounded to a multiple of this")
+    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    force: bool = option(False, "replace OUT if it exists")
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
 class InspectConfig:
     """Say what is in a file or folder: statistics, a plan, or a model."""
 

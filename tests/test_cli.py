@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.cli import VERBS, main
+from prunekit.integrations.loading import load_tokenizer
 from prunekit.ops.gated_mlp_cpu import decodes
 from prunekit.ops.registry import OPERATIONS, force_backend
 from tests.models import logits, tiny_model
@@ -203,6 +204,37 @@ def test_a_model_is_pruned_without_being_loaded(capsys, tmp_path, folder, corpus
         assert run(capsys, "inspect", out, "--verify")[0] == 0
 
 
+def test_a_model_is_exported_for_every_sparsity(capsys, tmp_path, folder, corpus):
+    stats, out, pruned = tmp_path / "s.stats", tmp_path / "out", tmp_path / "pruned"
+    assert (
+        run(capsys, "calibrate", folder, "--target", corpus, "--gram", "--quiet", "-o", stats)[0]
+        == 0
+    )
+    given = ("--stats", stats, "--multiple-of", 8, "--quiet")
+    status, text, _ = run(capsys, "export", folder, *given, "--anchor", 0.4, 0.6, "-o", out)
+    assert status == 0
+    assert "in the order of reconstruction" in text or "in the order of wanda" in text
+    assert "repaired by sequential for 40%, 60%" in text
+    assert run(capsys, "prune", folder, *given, "--sparsity", 0.4, "-o", pruned)[0] == 0
+    assert torch.equal(logits(pk.load(out, sparsity=0.4)), logits(pk.load(pruned)))
+    status, text, _ = run(capsys, "inspect", out)
+    assert status == 0
+    assert "nested" in text
+
+
+def test_a_model_of_several_widths_is_exported_to_load_anywhere(capsys, tmp_path, folder):
+    model = pk.load(folder)
+    kept = tuple(torch.arange(k, dtype=torch.int32) for k in (16, 32))
+    pk.prune(model, pk.PrunePlan(kept, (96, 96)))
+    pk.save(model, load_tokenizer(folder), tmp_path / "uneven")
+    out = tmp_path / "out"
+    status, text, _ = run(capsys, "export", tmp_path / "uneven", "--format", "padded", "-o", out)
+    assert status == 0
+    assert "2 MLPs of 16 to 32 neurons, all 32 wide now" in text
+    again = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert torch.allclose(logits(again), logits(model), atol=1e-5)
+
+
 def test_a_model_too_large_for_memory_is_pruned_on_disk_unasked(
     capsys, tmp_path, folder, monkeypatch
 ):
@@ -385,6 +417,10 @@ def test_help_teaches_by_example(capsys):
         ),
         ("prune EXPERTS --plan UNEVEN -o OUT", "--plan: its widths differ by layer; a checkpoint"),
         ("prune MODEL --plan CORPUS -o OUT", "is no whole safetensors file"),
+        ("export MODEL", "needs -o OUT"),
+        ("export MODEL -o OUT", "--format nested: needs --stats STATS"),
+        ("export MODEL --stats CORPUS --anchor 1.5 -o OUT", "expected a fraction"),
+        ("export MODEL --format gif -o OUT", "invalid choice: 'gif'"),
         (
             "prune MODEL --target CORPUS --sparsity 0.2 --no-load -o OUT",
             "--no-load: --target runs the model; give --stats",

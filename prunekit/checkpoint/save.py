@@ -133,7 +133,8 @@ def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:
             "sparsity": round(plan.sparsity, 6),
             "widths": plan.widths(),
             "dense_widths": list(plan.dense_widths),
-            "widths_differ": differ(plan.dense_widths, plan.widths()),
+            "widths_differ": differ(plan.dense_widths, plan.widths()) and "padded" not in facts,
+            "padded": facts.get("padded"),
             "stats": facts["stats"],
             "calibration": calibration,
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prunekit import files
 from prunekit.checkpoint import RECORD, read_record, verify
+from prunekit.checkpoint.nested import NESTED, Nested
 from prunekit.checkpoint.widths import differ
 from prunekit.cli.calibrate import describe_stats, summary
 from prunekit.cli.output import Output, count, megabytes
@@ -73,7 +74,26 @@ def _plan(plan: PrunePlan, output: Output) -> None:
     )
 
 
+def _nested(nested: Nested, output: Output) -> int:
+    facts = nested.facts
+    dense, total = facts["dense_widths"], sum(facts["dense_widths"])
+    anchors = [1 - sum(widths) / total for widths in nested.anchors]
+    size = sum(entry.size for entry in nested.entries.values())
+    rows = [
+        ("MLPs", str(len(dense))),
+        ("dense widths", ", ".join(map(str, sorted(set(dense))))),
+        ("repaired at", ", ".join(f"{s:.1%} removed" for s in anchors) or "no sparsity"),
+        ("tensors", megabytes(size)),
+        *_facts({k: v for k, v in facts["recipe"].items() if k != "fingerprint"}),
+    ]
+    output.table(f"nested checkpoint {nested.folder}", ("", "value"), rows)
+    output.json({"kind": "nested", "dense_widths": dense, "anchors": anchors, **facts["recipe"]})
+    return 0
+
+
 def _folder(path: Path, output: Output, verified: int | None) -> int:
+    if (path / NESTED).is_file():
+        return _nested(Nested.open(path), output)
     if not (path / RECORD).is_file():
         raise InputError(f"{path}: no {RECORD}; it was not written by prunekit")
     record = read_record(path)

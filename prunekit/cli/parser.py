@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 _TYPES: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str}
 
@@ -33,14 +33,16 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
             parser.add_argument(*flags, action="store_true", dest=field.name, help=help_text)
             continue
         options: dict[str, Any] = {"default": field.default, "dest": field.name}
+        hint = hints[field.name]
         if facts["choices"]:
             options["choices"] = facts["choices"]
         else:
             options["metavar"] = facts["metavar"] or field.name.upper()
         if isinstance(field.default, tuple):
             options |= {"action": "extend", "nargs": "+", "default": None}
+            options["type"] = _TYPES[get_args(hint)[0]]
         else:
-            options["type"] = _TYPES[hints[field.name]]
+            options["type"] = _TYPES[hint]
             if field.default not in ("", None, 0, 0.0):
                 help_text += f" (default {field.default})"
         parser.add_argument(*flags, help=help_text, **options)

@@ -13,6 +13,7 @@ import torch
 from prunekit.checkpoint.widths import DECODER_LAYERS
 from prunekit.errors import InputError
 from prunekit.integrations.layer_widths import install
+from prunekit.integrations.nested import is_nested, load_nested
 
 DEMO = "demo"
 _DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -121,7 +122,13 @@ def _prepare(config: Any) -> None:
     install([config.model_type])
 
 
-def load(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> Any:
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    sparsity: float | None = None,
+) -> Any:
     """Load a causal language model, dense or pruned, in evaluation mode.
 
     Args:
@@ -129,6 +136,8 @@ def load(model: str | Path, *, dtype: str = "auto", device: str | None = None) -
         dtype: bf16, fp16, fp32, or auto (as saved; bf16 for GGUF files, whose weights are
             dequantised).
         device: where to put it; by default the GPU if there is one, else the CPU.
+        sparsity: of a nested checkpoint (``prunekit export --format nested``): what fraction of the
+            neurons to leave on disk; None loads all.
 
     Raises:
         InputError: it cannot be found or read, or the dtype is unknown.
@@ -140,6 +149,16 @@ def load(model: str | Path, *, dtype: str = "auto", device: str | None = None) -
     if dtype not in _DTYPES:
         raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
     folder, options = _source(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if is_nested(folder):
+        loaded = load_nested(folder, sparsity or 0.0, load_shape(model))
+        wanted = loaded.dtype if dtype == "auto" else _DTYPES[dtype]
+        return loaded.to(device, wanted).eval()
+    if sparsity is not None:
+        raise InputError(
+            f"model {model}: got sparsity {sparsity}, but it is no nested checkpoint; "
+            "`prunekit export --format nested` makes one, `prunekit prune` a smaller model"
+        )
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "bf16" if dtype == "auto" else dtype
@@ -158,7 +177,6 @@ def load(model: str | Path, *, dtype: str = "auto", device: str | None = None) -
             setattr(loaded, attribute, None)
     if model == DEMO:
         loaded.config._name_or_path = _DEMO_NAME
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.to(device).eval()
 
 
