@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -95,28 +98,65 @@ def check_output_folder(path: str | Path, *, force: bool) -> Path:
 
 @contextmanager
 def replacing_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success flush it and rename it into place."""
+    """Yield a temporary folder beside ``path``; on success flush it and put it into place.
+
+    What a process that was killed left behind is cleared away by the next that writes there.
+    """
     path = check_output_folder(path, force=force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        _clear_remains(path)
+        temporary = Path(
+            tempfile.mkdtemp(dir=path.parent, prefix=f"{_remains(path)}{os.getpid()}-")
+        )
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
         temporary.chmod(0o755)
         for item in temporary.rglob("*"):
             _flush(item)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
+        _put_into_place(temporary, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remains(path: Path) -> str:
+    """How the names of this machine's temporary folders for a path begin; a process id follows."""
+    return f".{path.name}.{platform.node()}-"
+
+
+def _clear_remains(path: Path) -> None:
+    """Remove the temporary folders of processes that are no more."""
+    start = _remains(path)
+    for item in path.parent.iterdir():
+        owner = item.name.removeprefix(start).partition("-")[0]
+        if item.name.startswith(start) and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(item, ignore_errors=True)
+
+
+def _put_into_place(new: Path, path: Path) -> None:
+    """Rename a folder to where another may be; the other then has its name.
+
+    Linux exchanges them in one step. Elsewhere there is a moment in which the path is not there.
+    """
+    if not path.exists():
+        new.replace(path)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if libc.renameat2(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0:
+            return
+    old = new.with_name(new.name + ".old")
+    path.replace(old)
+    try:
+        new.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    old.replace(new)
 
 
 def write_json(path: str | Path, value: Any) -> None:
