@@ -167,6 +167,36 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Run a study: every cell of a protocol from one calibration, resumable."""
+
+    protocol: str = argument(
+        "a YAML file, or the name of one that comes with prunekit, such as mini-math",
+        metavar="PROTOCOL",
+    )
+    out: str = option("", "folder of the run (default: the protocol's name)", metavar="RUN")
+    model: str = option("", f"instead of the protocol's: {_MODEL}", metavar="MODEL")
+    resume: bool = option(False, "go on with a run that is there")
+    dry_run: bool = option(
+        False,
+        "list the cells and widths, predict time, memory and disk, and run nothing; a config.json "
+        "is enough",
+    )
+    allow_code_execution: bool = option(
+        False, "let tasks run the code that the model writes, in a process of its own"
+    )
+    quiet: bool = option(False, "no progress bars")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write a sweep's results as one HTML page, with CSV, JSON and Markdown beside it."""
+
+    run: str = argument("the folder of a sweep", metavar="RUN_DIR")
+    output: str = option("", "the page (default: RUN_DIR/report.html)", short="-o", metavar="HTML")
+
+
+@dataclass(frozen=True)
 class InspectConfig:
     """Say what is in a file or folder: statistics, a plan, or a model."""
 

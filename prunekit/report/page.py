@@ -50,8 +50,17 @@ def write_report(
     Raises:
         InputError: the file cannot be written.
     """
-    template = _TEMPLATES.get_template("page.html.j2")
-    text = template.render(title=title, lead=lead, table=table, plots=plots, facts=facts)
+    given = {"title": title, "lead": lead, "table": table, "plots": plots, "facts": facts}
+    return render(path, "page.html.j2", **given)
+
+
+def render(path: str | Path, template: str, **given: Any) -> Path:
+    """Write what a template of this package makes of some values.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = _TEMPLATES.get_template(template).render(**given)
     with files.replacing_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     return Path(path)
