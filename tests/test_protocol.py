@@ -1,15 +1,21 @@
 """Protocols: what they may say, the cells that come of it, and one line for everything else."""
 
+import json
 import re
 
 import pytest
 import yaml
 
 from prunekit.cli import main
+from prunekit.cli import sweep as sweep_verb
 from prunekit.errors import InputError
 from prunekit.experiment.cells import Cell, cells_of
+from prunekit.experiment.forecast import predict_sweep
 from prunekit.experiment.protocol import Source, built_in, protocol_of, read_protocol
+from prunekit.measure.cost import Shape
 from prunekit.plan import kept_width
+from tests.models import tiny_model
+from tests.test_cost import CONFIGS, RATES
 
 PLAIN = {
     "name": "small",
@@ -162,3 +168,53 @@ def test_every_protocol_of_prunekits_is_whole_and_the_papers_widths_divide_by_12
 
 def test_another_model_takes_the_protocols_place():
     assert read_protocol("paper-math-7b", model="mine").model == "mine"
+
+
+@pytest.mark.parametrize("name", ["paper-math-1.5b", "paper-code-7b"])
+def test_a_dry_run_needs_no_more_than_a_config(tmp_path, capsys, monkeypatch, name):
+    size = name.rsplit("-", 1)[1].upper()
+    config, _, _ = CONFIGS[size]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sweep_verb, "measure_rates", lambda *_: RATES)
+    out = tmp_path / "run"
+    arguments = ["sweep", name, "--model", str(tmp_path), "--dry-run", "--out", str(out)]
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    cells = facts["cells"]
+    assert len(cells) == 1 + 7 * (2 + 1 + 2)
+    widths = sorted({cell["widths"][0] for cell in cells}, reverse=True)
+    assert widths[0] == config["intermediate_size"]
+    assert all(width % 128 == 0 for width in widths)
+    assert len(widths) == 8
+    for cell in cells:
+        assert cell["answers"] > cell["losses"] > 0
+        assert (cell["recover"] > 0) == (cell["cell"]["recovery"] == "lora")
+    assert facts["peak_bytes"] > cells[0]["bytes"] > 1e9
+    total = sum(cell["seconds"] for cell in cells) + facts["measuring"]
+    assert facts["seconds"] == pytest.approx(total + sum(p["seconds"] for p in facts["before"]))
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "36 cells" in text
+    assert "nothing run (--dry-run)" in text
+    assert not out.exists()
+
+
+def test_the_forecast_of_a_forward_is_that_of_its_products():
+    found = protocol_of(PLAIN | {"target": {"source": "t", "rows": 100}, "held_out": 0.2})
+    shape = Shape.of(tiny_model("llama"))
+    dense = predict_sweep(found, shape, RATES).cells[0]
+    tokens = 20 * 180
+    assert dense.losses == 2 * tokens * (shape.decoder + shape.head) / RATES.products
+    half = predict_sweep(
+        protocol_of(PLAIN | {"grids": [{"sparsities": [0.5]}], "multiple_of": 16}), shape, RATES
+    ).cells[1]
+    assert half.widths == (48, 48)
+    assert half.bytes == shape.total * 4 - 2 * 48 * 3 * 32 * 4
+
+
+def test_scores_and_prunings_that_serve_several_cells_are_counted_once():
+    grids = [{"sparsities": [0.2, 0.4], "recover_at": [0.4]}]
+    found = protocol_of(PLAIN | {"grids": grids, "recovery": "lora"})
+    _, first, second, trained = predict_sweep(found, Shape.of(tiny_model("llama")), RATES).cells
+    assert first.prune > second.prune > trained.prune == 0
+    assert trained.recover > second.recover == 0

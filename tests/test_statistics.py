@@ -7,7 +7,7 @@ import pytest
 
 from prunekit.errors import InputError
 from prunekit.experiment.knee import fitted_knee, within
-from prunekit.experiment.statistics import accuracy, holm, loss, paired, sign_test
+from prunekit.experiment.statistics import accuracy, holm, loss, paired, sign_flip_test
 
 
 def test_the_interval_is_that_of_the_binomial_where_there_is_one_seed():
@@ -44,17 +44,21 @@ def test_no_accuracy_comes_of_nothing(correct):
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "p"),
+    ("gaps", "p"),
     [
-        (5, 0, 2 / 32),
-        (0, 5, 2 / 32),
-        (8, 2, 2 * (1 + 10 + 45) / 1024),
-        (3, 3, 1.0),
-        (0, 0, 1.0),
+        ([1] * 5, 2 / 32),
+        ([-1] * 5, 2 / 32),
+        ([1] * 8 + [-1] * 2 + [0] * 7, 2 * (1 + 10 + 45) / 1024),
+        ([1, 1, 1, -1], 10 / 16),  # sums of four signs that reach 2
+        ([2, 1], 2 / 4),
+        ([2, -1], 1.0),
+        ([3, 1, 1], 2 / 8),
+        ([0, 0], 1.0),
+        ([], 1.0),
     ],
 )
-def test_the_sign_test_is_exact(better, worse, p):
-    assert sign_test(better, worse) == pytest.approx(p)
+def test_the_sign_flip_test_is_exact(gaps, p):
+    assert sign_flip_test(gaps) == pytest.approx(p)
 
 
 def test_with_one_seed_each_the_paired_test_is_mcnemars():

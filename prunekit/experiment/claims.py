@@ -86,7 +86,8 @@ def _by_problems(pairs: Sequence[tuple[Pooled, Pooled]], task: str) -> tuple[str
     verdict, count = _majority(gaps, ps)
     return verdict, (
         f"Ahead at {sum(g > 0 for g in gaps)} of {len(gaps)} sparsities, significantly at {count} "
-        f"(exact sign test over {problems} problems, seeds averaged, Holm's correction). {figures}."
+        f"(exact sign-flip test over {problems} problems, seeds averaged, Holm's correction). "
+        f"{figures}."
     )
 
 
@@ -208,9 +209,11 @@ def _knee_of(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[str,
         fits.append(False)
     verdict = OPEN if len(set(fits)) != 1 else HOLDS if fits[0] else FAILS
     what = f"{TOLERATED:.0%} of the dense accuracy" if task else "a perplexity 5 % above"
-    kept = (
+    said = (
         f"at the largest sparsity measured, {percent(last)}, it still keeps within {what}"
         if beyond is None
+        else f"it falls below {what} at {percent(beyond)} already"
+        if not last
         else f"it keeps within {what} up to {percent(last)}"
         + (f" and no longer at {percent(beyond)}" if beyond != last else "")
     )
@@ -220,7 +223,7 @@ def _knee_of(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[str,
         if bend
         else "No bend fits better than one line, or too few sparsities lie before the collapse"
     )
-    return verdict, f"{fitted}; {kept}."
+    return verdict, f"{fitted}; {said}."
 
 
 def _training_recovers(run: Run, task: str | None) -> Said:
@@ -272,7 +275,7 @@ def _memory_falls(run: Run, _: str | None) -> Said:
     if len(found) >= 2:
         steps = [b < a for (_, a), (_, b) in itertools.pairwise(found)]
         verdict = HOLDS if all(steps) else FAILS if found[-1][1] >= found[0][1] else OPEN
-        figures = ", ".join(f"{size / 1e6:,.0f} MB at {percent(s)}" for s, size in found)
+        figures = ", ".join(f"{size / 1e6:,.0f} MB {_at(s)}" for s, size in found)
         yield "peak of loading and running, batch 1", verdict, f"{figures}."
 
 
@@ -290,7 +293,7 @@ def _throughput_rises(run: Run, _: str | None) -> Said:
             HOLDS if apart and last["speedup"] > 1 else FAILS if last["speedup"] <= 1 else OPEN
         )
         figures = ", ".join(
-            f"{row['tokens_per_s']:.1f} tokens/s ({row['speedup']:.2f} ×) at {percent(s)}"
+            f"{row['tokens_per_s']:.1f} tokens/s ({row['speedup']:.2f} ×) {_at(s)}"
             for s, row in found
         )
         yield f"{name}, batch 1", verdict, f"{figures}."
@@ -299,6 +302,10 @@ def _throughput_rises(run: Run, _: str | None) -> Said:
 def percent(share: float) -> str:
     """A sparsity: "20.8 %"."""
     return f"{100 * share:.1f} %"
+
+
+def _at(sparsity: float) -> str:
+    return f"at {percent(sparsity)}" if sparsity else "dense"
 
 
 def interval(found: Interval) -> str:

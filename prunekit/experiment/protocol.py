@@ -198,9 +198,7 @@ def read_protocol(source: str | Path, *, model: str = "") -> Protocol:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(built_in())
-        raise InputError(
-            f"{source}: no such file; prunekit's protocols are {known}"
-        ) from None
+        raise InputError(f"{source}: no such file; prunekit's protocols are {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{source}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -30,7 +30,7 @@ class Paired:
     Attributes:
         difference: of the accuracies, with its interval.
         better, worse: problems on which the first did better or worse, seeds averaged.
-        p: of the exact two-sided sign test over those problems.
+        p: of the exact two-sided sign-flip test over those problems.
     """
 
     difference: Interval
@@ -71,9 +71,10 @@ def paired(
 ) -> Paired:
     """Whether one way of pruning solves more of the same problems than another.
 
-    The test is the exact sign test over problems, the seeds of each way averaged first; with one
-    seed each it is McNemar's exact test. The interval is that of `accuracy`, with the same problems
-    drawn for both.
+    The test is the exact sign-flip test of the mean gap over problems, the seeds of each way
+    averaged first; with one seed each it is McNemar's exact test. (The sign test is none of both:
+    where one way has more seeds, equal accuracies do not make either sign as likely.) The interval
+    is that of `accuracy`, with the same problems drawn for both.
 
     Args:
         first, second: 0 or 1 by problem, one row a seed; the problems are the same.
@@ -90,13 +91,26 @@ def paired(
     better, worse = int((gaps > 1e-9).sum()), int((gaps < -1e-9).sum())
     one, two = _drawn([a, b])
     difference = _interval(one - two, float(gaps.mean()), confidence)
-    return Paired(difference, better, worse, sign_test(better, worse))
+    whole = gaps * math.lcm(a.shape[0], b.shape[0])
+    return Paired(difference, better, worse, sign_flip_test(np.rint(whole).astype(int)))
 
 
-def sign_test(better: int, worse: int) -> float:
-    """The exact two-sided p of so many against so many, were either as likely as the other."""
-    n, k = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+def sign_flip_test(gaps: Sequence[int]) -> float:
+    """The exact two-sided p of a sum of gaps, were each as likely to have the other sign.
+
+    Cost:
+        The number of gaps times the sum of their sizes.
+    """
+    sizes = np.abs(np.asarray(gaps, int))
+    total = int(sizes.sum())
+    chances = np.ones(1)  # of every sum from -total to total, two apart
+    for size in sizes[sizes > 0]:
+        grown = np.zeros(len(chances) + size)
+        grown[size:] = chances / 2
+        grown[:-size] += chances / 2
+        chances = grown
+    sums = 2 * np.arange(total + 1) - total
+    return min(1.0, float(chances[np.abs(sums) >= abs(int(np.sum(gaps)))].sum()))
 
 
 def holm(ps: Sequence[float]) -> list[float]:

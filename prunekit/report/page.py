@@ -20,6 +20,10 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
+# A number and its unit stay on one line.
+_TEMPLATES.filters["whole"] = lambda text: text.replace(" %", "\u00a0%")
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a report: its columns, its rows as text, and what to know when reading it."""

@@ -61,7 +61,7 @@ def headline(run: Run) -> str:
     task = run.tasks[0] if run.tasks else None
     selective = {w: p for w, p in plots.plain_ways(run).items() if w.strategy == "selective"}
     start = (
-        f"The dense model solves {run.dense.accuracy[task].value:.1%} of {task}."
+        f"The dense model solves {percent(run.dense.accuracy[task].value)} of {task}."
         if task
         else f"The dense model's loss is {run.dense.loss['target'].value:.3f} nats a token."
     )
@@ -69,8 +69,9 @@ def headline(run: Run) -> str:
         return start
     way, points = max(selective.items(), key=lambda item: _worth(item[1], task))
     last, _ = tolerated(run, points, task)
-    kept = f"{TOLERATED:.0%} of that" if task else "its perplexity within 5 %"
-    text = f"{start} {way.label} keeps {kept} with up to {percent(last)} of its MLP neurons removed"
+    kept = f"{100 * TOLERATED:.0f} % of that" if task else "its perplexity within 5 %"
+    name = way.label[0].upper() + way.label[1:]
+    text = f"{start} {name} keeps {kept} with up to {percent(last)} of its MLP neurons removed"
     third = min(points, key=lambda p: abs(p.sparsity - _SHOWN_AT))
     text += f", and {_quality(run, third, task)} with {percent(third.sparsity)} removed"
     for other, controls in plots.plain_ways(run).items():
@@ -91,7 +92,7 @@ def _worth(points: Sequence[Pooled], task: str | None) -> float:
 
 def _quality(run: Run, point: Pooled, task: str | None) -> str:
     if task:
-        return f"{point.accuracy[task].value:.1%}"
+        return percent(point.accuracy[task].value)
     rise = point.rise(run.dense)
     return "no finite loss" if rise is None else f"a loss {rise:+.3f} nats a token above"
 
@@ -131,9 +132,7 @@ def _sections(run: Run) -> dict[str, Section]:
         "Recovery": Section(trained),
         "Quality against what it costs": Section(
             cost,
-            "Above each speed and size: the neurons removed. Up and to the right is better."
-            if task
-            else "Above each speed and size: the neurons removed.",
+            "Above each speed and size: the share of the neurons that is removed.",
         ),
         "Inside": Section(inside),
     }

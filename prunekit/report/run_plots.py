@@ -58,8 +58,8 @@ def accuracy_by_sparsity(run: Run, task: str) -> str:
         axes.axhspan(0, COLLAPSED * dense.value, color=FAINT, alpha=0.45, linewidth=0, zorder=0)
         axes.axhline(dense.value, color=INK, linestyle="--", linewidth=1, label="dense")
         axes.set_ylim(-0.02, 1.02)
-        axes.set_ylabel(f"accuracy on {task} (share of problems)")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylabel(f"accuracy on {task} (% of problems)")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         _sparsity_axis(axes)
         legend_below(axes)
         return svg(figure)
@@ -184,7 +184,7 @@ def recovery(run: Run, task: str | None) -> str:
         axes.set_yticks(range(len(rows)), names, fontsize=9)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(
-            f"accuracy on {task} (share of problems)" if task else "held-out loss (nats/token)"
+            f"accuracy on {task} (% of problems)" if task else "held-out loss (nats/token)"
         )
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / len(rows) - 0.12), ncols=3)
         return svg(figure)
@@ -219,8 +219,8 @@ def quality_by_cost(run: Run, task: str | None, of: str) -> str:
         axes.scatter(*place, marker="*", s=140, color=INK, label="dense", zorder=3)
         if task:
             axes.set_ylim(-0.02, 1.02)
-            axes.set_ylabel(f"accuracy on {task} (share of problems)")
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_ylabel(f"accuracy on {task} (% of problems)")
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         else:
             loss_axis(axes, [dense.value, *losses])
         axes.set_xlabel(
