@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prunekit.errors import InputError
@@ -92,6 +92,17 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A row of a table of results, as lm-eval prints it; the standard error may be unknown."""
+
+    task: str
+    n_shot: int
+    name: str
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """What a model did on a task.
 
@@ -100,6 +111,7 @@ class TaskResult:
         correct: by problem, in the task's order.
         failures: how many failed in each way; those kinds that occurred.
         generations: by problem, in the task's order.
+        reported: metrics that the task computed itself, instead of the accuracy.
     """
 
     task: str
@@ -107,6 +119,7 @@ class TaskResult:
     correct: tuple[bool, ...]
     failures: dict[str, int]
     generations: tuple[Generation, ...]
+    reported: tuple[Metric, ...] = ()
 
     @classmethod
     def of(cls, task: Task, generations: tuple[Generation, ...]) -> TaskResult:
@@ -120,14 +133,20 @@ class TaskResult:
 
     @property
     def accuracy(self) -> float:
-        """The share of problems that were solved."""
-        return sum(self.correct) / len(self.correct)
+        """The share of problems that were solved; NaN where none is right or wrong."""
+        return sum(self.correct) / len(self.correct) if self.correct else math.nan
 
     @property
     def stderr(self) -> float:
         """Standard error of the accuracy, from the sample's spread, as lm-eval's; NaN for one."""
         n, p = len(self.correct), self.accuracy
         return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The rows of a table of results."""
+        stderr = self.stderr if len(self.correct) > 1 else None
+        return self.reported or (Metric(self.task, 0, self.metric, self.accuracy, stderr),)
 
     @property
     def unended(self) -> int:
@@ -138,9 +157,7 @@ class TaskResult:
         """Plain values for JSON, without the generations."""
         return {
             "task": self.task,
-            "metric": self.metric,
-            "value": self.accuracy,
-            "stderr": self.stderr if len(self.correct) > 1 else None,
+            "metrics": [asdict(metric) for metric in self.metrics],
             "problems": len(self.correct),
             "failures": self.failures,
             "unended": self.unended,

@@ -1,9 +1,9 @@
 """Runs one untrusted program: the child's side of `sandbox`, started as a script, never imported.
 
-The process gives up everything but computing before it reads the program's first line. Its limits on
-processor time, memory, files and threads are the kernel's; a seccomp filter then refuses, with EPERM,
-every system call that is not listed here. So it cannot open a socket, begin a process, signal one,
-open a file for writing, or remove, rename or change one, as root or as anyone. It can read files.
+The process gives up everything but computing before it runs the program's first line. Its limits of
+processor time, memory and files are the kernel's; a seccomp filter then refuses, with EPERM, every
+system call that is not listed here. So it cannot open a socket, begin a process, signal one, open a
+file for writing, or remove, rename or change one, as root or as anyone. It can read files.
 
 Usage: jail.py VERDICT_FD CPU_SECONDS MEMORY_BYTES < (a line with a nonce, then the program)
 """

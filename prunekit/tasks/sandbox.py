@@ -61,8 +61,8 @@ def run_program(
     It has no network, can neither begin nor signal a process, and can write, remove or change no
     file, not even in the empty folder it runs in; it can read files, but not tell anyone. What it
     prints is dropped. Time in which this process itself is stopped does not count as wall time.
-    Whether it passed is told through a pipe, with a word that it would have to go looking for in its
-    caller's frames: this guards against programs that exit early, not against ones that cheat.
+    Whether it passed is told through a pipe, with a word that it would have to go looking for in
+    its caller's frames: this guards against programs that exit early, not against ones that cheat.
 
     Args:
         source: the program; what it must fulfil, it asserts itself.
@@ -87,7 +87,7 @@ def run_program(
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     cwd=folder,
-                    # One order of sets, so that one program is judged alike twice; UTF-8 everywhere.
+                    # One order of sets, so that a program is judged alike twice.
                     env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
                     pass_fds=(tell,),
                     start_new_session=True,
