@@ -94,7 +94,7 @@ def _measured(rows: list[dict[str, Any]]) -> tuple[str, ...]:
 def _row(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
     if row["error"]:
         return (_named(row["cell"]), "", *([row["error"]] + [""] * len(columns))[: len(columns)])
-    values = [f"{f['accuracy']:.3f} ± {f['stderr']:.3f}" for f in row["tasks"].values()]
+    values = [f"{f['accuracy']:.3f} ± {f['stderr'] or 0:.3f}" for f in row["tasks"].values()]
     values += [_loss(facts) for facts in row["losses"].values()]
     return (_named(row["cell"]), f"{row['sparsity']:.1%}", *values)
 

@@ -179,7 +179,7 @@ def _losses(protocol: Protocol, shape: Shape, rates: Rates, weights: float) -> f
 def _answers(protocol: Protocol, shape: Shape, rates: Rates, weights: float, size: int) -> float:
     seconds = 0.0
     for task in protocol.tasks:
-        problems, tokens = task.problems or _ROWS, task.max_new_tokens or _ANSWER
+        problems, tokens = task.problems or MADE, task.max_new_tokens or _ANSWER
         batches = -(-problems // protocol.batch_size)
         products = 2 * protocol.batch_size * (weights + shape.head) / rates.products
         # A copy reads and writes what decoding only reads.

@@ -9,22 +9,26 @@ from typing import Any
 from prunekit.corpus import Corpus, Example, read_corpus
 from prunekit.errors import InputError
 from prunekit.experiment.protocol import Protocol, Source
+from prunekit.tasks.arithmetic import arithmetic_corpus
+from prunekit.tasks.base import Problem, Task
 from prunekit.tasks.embedded import humaneval, word_problems
+from prunekit.tasks.lm_eval import LmEvalTask
+from prunekit.tasks.read import read_task
 
 MADE = 200  # rows of a corpus that is made, where none are asked for
 
 
-def _arithmetic(source: Source, rows: int) -> Corpus:
-    from prunekit.tasks.arithmetic import arithmetic_corpus
-
-    return arithmetic_corpus(rows, seed=source.seed)
+def _humaneval(source: Source, rows: int) -> Corpus:
+    examples = [
+        e for pair in zip(*(half.examples for half in humaneval()), strict=True) for e in pair
+    ]
+    return Corpus("HumanEval", tuple(examples[:rows]))
 
 
 MAKERS: dict[str, Callable[[Source, int], Corpus]] = {
-    "arithmetic": _arithmetic,
+    "arithmetic": lambda source, rows: arithmetic_corpus(rows, seed=source.seed),
     "word-problems": lambda source, rows: word_problems(rows, seed=source.seed),
-    "humaneval:calibration": lambda source, rows: _first(humaneval()[0], rows),
-    "humaneval:evaluation": lambda source, rows: _first(humaneval()[1], rows),
+    "humaneval": _humaneval,
 }
 
 
@@ -41,7 +45,7 @@ class Material:
     target: Corpus
     distractors: list[Corpus]
     losses: dict[str, Corpus]
-    tasks: list[tuple[Any, int | None]]
+    tasks: list[tuple[Task | LmEvalTask, int | None]]
 
     def facts(self) -> dict[str, Any]:
         """What was read, by hash: what the results of a sweep depend on."""
@@ -50,7 +54,7 @@ class Material:
             "distractors": [corpus.hash for corpus in self.distractors],
             "losses": {name: corpus.hash for name, corpus in self.losses.items()},
             "tasks": [
-                [task.name, [[p.id, p.prompt, str(p.answer)] for p in task.problems], tokens]
+                [task.name, tokens, [(p.id, p.prompt, p.answer) for p in problems_of(task)]]
                 for task, tokens in self.tasks
             ],
         }
@@ -101,17 +105,20 @@ def split(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:
     return kept, rest
 
 
-def _tasks(protocol: Protocol, allow_code_execution: bool) -> list[tuple[Any, int | None]]:
-    if not protocol.tasks:
-        return []
-    from prunekit.tasks import read_task
-
+def _tasks(
+    protocol: Protocol, allow_code_execution: bool
+) -> list[tuple[Task | LmEvalTask, int | None]]:
     found = []
     for task in protocol.tasks:
         options = {"limit": task.problems, "seed": task.seed}
         options["allow_code_execution"] = allow_code_execution
         found.append((read_task(task.spec, **options), task.max_new_tokens or None))
     return found
+
+
+def problems_of(task: Task | LmEvalTask) -> tuple[Problem, ...]:
+    """The problems of a task; none where lm-eval keeps them to itself."""
+    return getattr(task, "problems", ())
 
 
 def _free(name: str, taken: dict[str, Corpus]) -> str:
@@ -121,7 +128,3 @@ def _free(name: str, taken: dict[str, Corpus]) -> str:
     while found in taken:
         found, number = f"{name} {number}", number + 1
     return found
-
-
-def _first(corpus: Corpus, rows: int) -> Corpus:
-    return Corpus(corpus.name, corpus.examples[:rows])

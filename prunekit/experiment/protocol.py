@@ -22,7 +22,7 @@ class Source:
 
     Attributes:
         source: a FILE, ``hf:NAME[:split]``, or one that is made: ``arithmetic``,
-            ``word-problems``, ``humaneval:calibration``, ``humaneval:evaluation``.
+            ``word-problems``, ``humaneval`` (with its solutions).
         rows: how many of its rows are read; 0: all (of one that is made: 200).
         seed: of one that is made.
         prompt, completion: the columns of a file that hold them, where they are named otherwise.

@@ -41,7 +41,7 @@ from prunekit.errors import InputError
 from prunekit.evaluate import evaluate_loss
 from prunekit.experiment.cells import DENSE, Cell, cells_of
 from prunekit.experiment.ledger import NAME, Ledger
-from prunekit.experiment.material import Material, corpus_of, read_material
+from prunekit.experiment.material import Material, corpus_of, problems_of, read_material
 from prunekit.experiment.protocol import Protocol
 from prunekit.experiment.speed import SPEED, measure_widths
 from prunekit.experiment.trained import made_model, recovered
@@ -52,6 +52,7 @@ from prunekit.measure.memory import model_bytes, parameter_count
 from prunekit.measure.provenance import provenance
 from prunekit.plan import plan
 from prunekit.stats import NeuronStats
+from prunekit.tasks.run import evaluate_task
 
 RUN, STATS, SCORES, PARTIAL = "run.json", "stats.safetensors", "scores.json", "partial"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -126,7 +127,7 @@ def facts_of(protocol: Protocol, material: Material, tokenizer: Any) -> dict[str
     options = ("model", "dtype", "held_out", "multiple_of", "max_length")
     options += ("batch_tokens", "batch_size")  # sums of other batches round otherwise
     facts = {name: getattr(protocol, name) for name in options} | trained | material.facts()
-    facts["tasks"] = [[name, digest(problems), tokens] for name, problems, tokens in facts["tasks"]]
+    facts["tasks"] = [digest(task) for task in facts["tasks"]]
     return facts
 
 
@@ -257,8 +258,6 @@ class _Study:
         return {name: facts[name] for name in ("loss", "stderr", "tokens", "prompts")}
 
     def _solved(self, model: nn.Module, name: str, task, tokens: int | None) -> dict[str, Any]:
-        from prunekit.tasks import evaluate_task
-
         folder = self.out / PARTIAL
         folder.mkdir(exist_ok=True)
         result = evaluate_task(
@@ -270,10 +269,12 @@ class _Study:
             resume=folder / f"{name}.jsonl",
             quiet=self.quiet,
         )
-        answers = zip(task.problems, result.generations, strict=True)
+        if not result.correct:
+            raise InputError(f"task {task.name}: its answers are not right or wrong; take another")
+        answers = zip(problems_of(task), result.generations, strict=True)
         return {
             "accuracy": result.accuracy,
-            "stderr": result.as_dict()["stderr"],
+            "stderr": result.stderr if len(result.correct) > 1 else None,
             "correct": [int(c) for c in result.correct],
             "failures": dict(result.failures),
             "generations": [_generation(task, *each) for each in islice(answers, _SHOWN)],
