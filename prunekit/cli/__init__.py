@@ -13,7 +13,7 @@ from prunekit.cli.parser import Parser, add_options, to_config
 from prunekit.errors import InputError
 from prunekit.ops.registry import BackendError
 
-VERBS = ("demo", "calibrate", "prune", "search", "eval", "bench", "inspect", "env")
+VERBS = ("demo", "calibrate", "prune", "search", "recover", "eval", "bench", "inspect", "env")
 
 _INTRO = """prunekit removes the MLP neurons that a task does not need, repairs what the
 removal broke, and proves what it won.
