@@ -205,13 +205,29 @@ class RecoverConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a model's mean loss on held-out corpora, and let it speak."""
+    """Measure a model's mean loss on held-out corpora, its accuracy on tasks, and let it speak."""
 
     model: str = argument(_MODEL, metavar="MODEL")
     data: tuple[str, ...] = option((), f"held-out corpus: {_CORPUS}", metavar="FILE")
+    task: tuple[str, ...] = option(
+        (),
+        "task to solve: gsm8k:FILE, humaneval, arithmetic, reasoning-gym:NAME, jsonl:FILE "
+        "(`prompt`, `answer` and `match`: exact, number or contains), lm-eval:NAME",
+        metavar="TASK",
+    )
+    allow_code_execution: bool = option(
+        False, "let tasks run, in a sandbox, programs that the model writes"
+    )
     baseline: str = option("", "the dense model, to say what was lost on each", metavar="DENSE")
-    limit: int = option(0, "read at most so many rows of each corpus; 0: all")
-    samples: int = option(0, "print so many greedy generations")
+    limit: int = option(0, "read at most so many rows of each corpus and task; 0: all")
+    samples: int = option(0, "print so many greedy generations of each task, or of the corpus")
+    batch_size: int = option(16, "problems of a task that are generated together")
+    max_new_tokens: int = option(0, "limit of a generation; 0: as the task has it")
+    generations: str = option(
+        "",
+        "folder to keep the tasks' generations in; a run that was killed goes on from there",
+        metavar="DIR",
+    )
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(1024, "tokens of a batch, padding included")
     dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))

@@ -72,6 +72,30 @@ def _dataset_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(datasets.load_dataset(path, split=split or "train"), 1)
 
 
+def read_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a JSONL or CSV file, or of ``hf:NAME[:split]``, with their numbers.
+
+    Raises:
+        InputError: no such file, or a line that is no JSON or no CSV (with its number).
+    """
+    name = str(source)
+    path = Path(name)
+    if name.startswith("hf:"):
+        rows = _dataset_rows(name[3:])
+    elif not path.is_file():
+        raise InputError(f"{name}: no such file")
+    elif path.suffix == ".csv":
+        rows = _csv_rows(path)
+    else:
+        rows = _jsonl_rows(path)
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: is not UTF-8 text: {error}") from None
+    except csv.Error as error:
+        raise InputError(f"{name}: is no CSV: {error}") from None
+
+
 def _example(row: dict[str, Any], where: str, tokenizer: Any) -> Example:
     if isinstance(row.get("text"), str):
         return Example(row["text"])
@@ -109,27 +133,13 @@ def read_corpus(source: str | Path, tokenizer: Any = None, *, limit: int | None 
             row at all.
     """
     name = str(source)
-    path = Path(name)
-    if name.startswith("hf:"):
-        rows = _dataset_rows(name[3:])
-    elif not path.is_file():
-        raise InputError(f"{name}: no such file")
-    elif path.suffix == ".csv":
-        rows = _csv_rows(path)
-    else:
-        rows = _jsonl_rows(path)
     examples = []
-    try:
-        for number, row in rows:
-            if limit is not None and len(examples) >= limit:
-                break
-            example = _example(row, f"{name}:{number}", tokenizer)
-            if example.text:
-                examples.append(example)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: is not UTF-8 text: {error}") from None
-    except csv.Error as error:
-        raise InputError(f"{name}: is no CSV: {error}") from None
+    for number, row in read_rows(name):
+        if limit is not None and len(examples) >= limit:
+            break
+        example = _example(row, f"{name}:{number}", tokenizer)
+        if example.text:
+            examples.append(example)
     if not examples:
         raise InputError(f"{name}: the corpus is empty")
     return Corpus(name, tuple(examples))
