@@ -15,6 +15,7 @@ from prunekit.errors import InputError
 from prunekit.evaluate import evaluate
 from prunekit.nn import CompactMLP
 from prunekit.plan import PrunePlan, plan
+from prunekit.recover import recover
 from prunekit.stats import NeuronStats
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "recover",
     "register_arch",
     "save",
     "score",

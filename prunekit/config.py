@@ -138,6 +138,72 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class RecoverConfig:
+    """Train a model, pruned or dense: bring back what pruning lost, or teach it a task."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    data: tuple[str, ...] = option(
+        (), f"what to train on, its completions where it has them: {_CORPUS}", metavar="FILE"
+    )
+    task: str = option("", "instead of --data: examples made on the spot", choices=("arithmetic",))
+    examples: int = option(20000, "how many examples --task makes", metavar="N")
+    held_out: tuple[str, ...] = option(
+        (),
+        "measure the loss on this corpus, not on the first 100 training examples",
+        metavar="FILE",
+    )
+    output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
+    method: str = option(
+        "",
+        "lora: adapters beside every linear layer, merged at the end (the default); full: every "
+        "weight; distill: the layers' matrices, to imitate the dense model on the data",
+        choices=("lora", "full", "distill"),
+    )
+    teacher: str = option("", "the dense model, for distill", metavar="DENSE")
+    preset: str = option(
+        "",
+        "paper-math, paper-code: the hyperparameters of arXiv 2604.27115; what is given beside it "
+        "wins",
+        metavar="NAME",
+    )
+    epochs: float | None = option(None, "passes over the data (1)")
+    steps: int | None = option(None, "optimiser steps, instead of epochs")
+    learning_rate: float | None = option(
+        None, "peak, before a cosine to zero (lora 2e-4, full 1e-4, distill 3e-4)", metavar="LR"
+    )
+    batch: int | None = option(None, "examples of a forward and backward, a process (8)")
+    accumulation: int | None = option(None, "batches of an optimiser step (1)", metavar="N")
+    warmup: float | None = option(None, "share of the steps before the peak (0.03)")
+    max_length: int | None = option(None, "tokens of an example that are read (1024)")
+    limit: int | None = option(None, "read at most so many examples; 0: all")
+    rank: int | None = option(None, "of lora (16)")
+    alpha: float | None = option(None, "of lora: its output is scaled by alpha / rank (32)")
+    dropout: float | None = option(None, "of lora's input (0)")
+    logits_weight: float | None = option(
+        None,
+        "of distill: of KL(dense ‖ model), nats a token (1)",
+        metavar="W",
+    )
+    hidden_weight: float | None = option(
+        None,
+        "of distill: of the layers' mean squared error, relative to the dense square (1)",
+        metavar="W",
+    )
+    dtype: str = option(
+        "",
+        "what products are computed in, the weights that train being fp32 (auto: bf16 where the "
+        "hardware has it)",
+        choices=("auto", "bf16", "fp32"),
+    )
+    seed: int | None = option(None, "orders the examples and draws LoRA's first weights (0)")
+    save_every: int = option(100, "steps between checkpoints, in OUT.training", metavar="N")
+    resume: bool = option(False, "go on from OUT.training, where a run was stopped")
+    keep_adapter: bool = option(False, "keep LoRA's adapter too, in OUT/adapter")
+    force: bool = option(False, "replace OUT if it exists, and begin anew")
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Measure a model's mean loss on held-out corpora, its accuracy on tasks, and let it speak."""
 

@@ -107,6 +107,8 @@ def test_a_cells_key_depends_on_the_facts_and_on_every_option():
             {"grids": [{"sparsities": [0.1], "recover_at": [0.2]}], "recovery": "lora"},
             "grids[0].recover_at: got 0.2, which is none of its sparsities",
         ),
+        ({"recovery": "magic"}, "recovery.method: got 'magic'; expected one of lora, full, dist"),
+        ({"make": {"preset": "mine"}}, "make.preset: got 'mine'; expected one of paper-math, pap"),
         (
             {"grids": [{"sparsities": [0.1], "recover_at": [0.1]}]},
             "grids[0].recover_at: needs `recovery`",

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from prunekit.corpus import Corpus, Example, from_texts
 from prunekit.errors import InputError
 from prunekit.evaluate import evaluate_loss
 from prunekit.experiment import sweep as sweep_module
+from prunekit.experiment import trained
 from prunekit.experiment.analysis import read_run
 from prunekit.experiment.ledger import NAME, Ledger, read_rows
 from prunekit.experiment.material import read_material, split
@@ -24,6 +24,7 @@ from prunekit.experiment.protocol import Source, protocol_of
 from prunekit.experiment.sweep import sweep
 from prunekit.experiment.twin import twin
 from prunekit.integrations.transformers import load, load_tokenizer
+from prunekit.tasks import evaluate_task, read_task
 from tests.models import tiny_model
 
 GRIDS = [
@@ -48,6 +49,8 @@ def given(folder, tmp_path_factory):
             {"text": " ".join(f"w{3 + (i + step * j) % 90}" for j in range(9))} for i in range(40)
         ]
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = [{"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(3, 15)]
+    (path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     return {
         "name": "tiny",
         "about": "A tiny random model.",
@@ -55,6 +58,7 @@ def given(folder, tmp_path_factory):
         "target": str(path / "task.jsonl"),
         "distractors": [str(path / "other.jsonl")],
         "grids": GRIDS,
+        "tasks": [{"spec": f"jsonl:{path / 'words.jsonl'}", "problems": 6, "max_new_tokens": 4}],
         "multiple_of": 16,
         "measure": {"speed": False, "memory": False},
     }
@@ -210,37 +214,33 @@ def test_a_cell_that_cannot_be_made_is_told_and_the_others_go_on(
     assert read_run(tmp_path / "run").errors[0][0]["compensate"] == "bias"
 
 
-def test_tasks_are_solved_and_what_was_answered_is_kept(given, tmp_path, monkeypatch):
-    problems = tuple(SimpleNamespace(id=str(i), prompt=f"w{i}", answer="w5") for i in range(3, 9))
+def test_tasks_are_solved_and_what_was_answered_is_kept(given, whole, tmp_path):
+    model, tokenizer = load(given["model"]), load_tokenizer(given["model"])
+    task = read_task(given["tasks"][0]["spec"], limit=6)
+    found = evaluate_task(model, tokenizer, task, max_new_tokens=4, quiet=True)
+    row = whole[0]["tasks"][task.name]
+    assert row["correct"] == [int(right) for right in found.correct]
+    assert row["failures"] == found.failures
+    assert [g["text"] for g in row["generations"]] == [g.text for g in found.generations[:4]]
+    assert [g["prompt"] for g in row["generations"]] == [p.prompt for p in task.problems[:4]]
+    assert all(bool(g["failure"]) != g["correct"] for g in row["generations"])
+    assert len({json.dumps(row["tasks"][task.name]["generations"]) for row in whole}) > 3
 
-    def grade(problem, text, *, ended):
-        right = problem.id == "4"
-        return SimpleNamespace(correct=right, failure="" if right else "wrong")
 
-    task = SimpleNamespace(name="words", problems=problems, grade=grade)
-    specs, files = [], []
+def test_answers_are_kept_by_cell_until_the_row_is_written(given, tmp_path, monkeypatch):
+    files, real = [], sweep_module.evaluate_task
 
-    def evaluate_task(model, tokenizer, task, **options):
-        files.append(options["resume"])
-        options["resume"].write_text("kept")
-        texts = [SimpleNamespace(text=f"w{i}", ended=True) for i in range(6)]
-        right = [grade(p, "", ended=True).correct for p in problems]
-        facts = {"correct": right, "failures": {"wrong": 5}, "generations": texts}
-        return SimpleNamespace(**facts, accuracy=1 / 6, as_dict=lambda: {"stderr": 0.1})
+    def evaluate_task(*arguments, resume, **options):
+        result = real(*arguments, resume=resume, **options)
+        assert resume.read_text()
+        files.append(resume.name)
+        return result
 
-    monkeypatch.setattr(
-        "prunekit.tasks.read_task", lambda *a, **k: specs.append((a, k)) or task, raising=False
-    )
-    monkeypatch.setattr("prunekit.tasks.evaluate_task", evaluate_task, raising=False)
-    tasks = [{"spec": "words:x", "problems": 6, "max_new_tokens": 4}]
-    rows = sweep(protocol_of(given | {"tasks": tasks}), tmp_path / "run", quiet=True)
-    assert specs == [(("words:x",), {"limit": 6, "seed": 0, "allow_code_execution": False})]
-    assert rows[0]["tasks"]["words"]["correct"] == [0, 1, 0, 0, 0, 0]
-    said = rows[0]["tasks"]["words"]["generations"]
-    assert [g["failure"] for g in said] == ["wrong", "", "wrong", "wrong"]
-    assert len(set(files)) == len(rows)
+    monkeypatch.setattr(sweep_module, "evaluate_task", evaluate_task)
+    grids = {"grids": [GRIDS[2]]}
+    rows = sweep(protocol_of(given | grids), tmp_path / "run", quiet=True)
+    assert files == [f"{row['key']}-0.jsonl" for row in rows]
     assert not (tmp_path / "run" / "partial").exists()
-    assert read_run(tmp_path / "run").dense.accuracy["words"].value == pytest.approx(1 / 6)
 
 
 def test_a_recovery_trains_a_copy_and_leaves_the_pruned_model_as_it_was(
@@ -248,15 +248,14 @@ def test_a_recovery_trains_a_copy_and_leaves_the_pruned_model_as_it_was(
 ):
     seen = []
 
-    def recover(model, tokenizer, data, *, method, teacher=None, **options):
-        seen.append((method, teacher, len(data.examples), options))
+    def recover(model, tokenizer, data, *, method, steps, teacher, quiet, **options):
+        seen.append((method, steps, teacher, len(data.examples)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
         return model
 
-    module = SimpleNamespace(recover=recover)
-    monkeypatch.setitem(sys.modules, "prunekit.recover", module)
+    monkeypatch.setattr(trained, "recover", recover)
     grids = [GRIDS[0] | {"recover_at": [0.5], "compensations": ["none"]}]
     plain = sweep(
         protocol_of(given | {"grids": [grids[0] | {"recover_at": []}]}), tmp_path / "a", quiet=True
@@ -266,7 +265,7 @@ def test_a_recovery_trains_a_copy_and_leaves_the_pruned_model_as_it_was(
     assert [row["cell"]["recovery"] for row in rows] == ["", "", "", "full"]
     assert [row["losses"] for row in rows[:3]] == [row["losses"] for row in plain]
     assert rows[3]["losses"] != rows[2]["losses"]
-    assert seen == [("full", None, 32, {"seed": 0, "steps": 3, "quiet": True})]
+    assert seen == [("full", 3, None, 32)]
 
 
 def test_a_model_is_made_once_and_kept_by_what_it_was_made_from(given, tmp_path, monkeypatch):
@@ -278,7 +277,7 @@ def test_a_model_is_made_once_and_kept_by_what_it_was_made_from(given, tmp_path,
             model.get_input_embeddings().weight.mul_(2)
         return model
 
-    monkeypatch.setitem(sys.modules, "prunekit.recover", SimpleNamespace(recover=recover))
+    monkeypatch.setattr(trained, "recover", recover)
     monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
     make = {"method": "full", "corpus": {"source": given["target"], "rows": 12}}
     protocol = protocol_of(given | {"make": make, "grids": [GRIDS[0] | {"sparsities": [0.5]}]})

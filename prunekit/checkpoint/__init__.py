@@ -4,8 +4,9 @@ from prunekit.checkpoint.save import (
     RECORD,
     read_record,
     refuse_differing_widths,
+    remember,
     save,
     weight_bytes,
 )
 
-__all__ = ["RECORD", "read_record", "refuse_differing_widths", "save", "weight_bytes"]
+__all__ = ["RECORD", "read_record", "refuse_differing_widths", "remember", "save", "weight_bytes"]

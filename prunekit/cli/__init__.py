@@ -18,6 +18,7 @@ VERBS = (
     "calibrate",
     "prune",
     "search",
+    "recover",
     "eval",
     "bench",
     "sweep",

@@ -51,7 +51,7 @@ def cells_of(protocol: Protocol) -> list[Cell]:
     """
     found: dict[Cell, None] = {}
     for grid in protocol.grids:
-        method = protocol.recovery.method if protocol.recovery else ""
+        method = protocol.recovery.settings().method if protocol.recovery else ""
         for cell in _combinations(grid):
             found[cell] = None
             if cell.sparsity in grid.recover_at:

@@ -30,7 +30,6 @@ _PROMPT = 128  # tokens of a problem
 _ANSWER = 256  # and of an answer, where only the task knows its limit
 _ADAPTED = 0.03  # LoRA's weights beside the model's, with their optimiser's state
 _STEP = 2e-3  # seconds a layer of a decoding step beside its weights: Python, mostly
-_EPOCHS = 3.0
 _ELIMINATE = ("auto", "reconstruction", "reconstruction_fisher")
 
 
@@ -129,7 +128,9 @@ def _before(protocol: Protocol, shape: Shape, rates: Rates, work: Work) -> list[
     phases = predict(shape, rates, work, [width for width, _ in shape.mlps])[:-1]
     if protocol.make is not None:
         tokens = _trained(protocol.make, protocol)
-        seconds, held = _training(protocol.make.method, tokens, shape, rates, shape.decoder)
+        seconds, held = _training(
+            protocol.make.settings().method, tokens, shape, rates, shape.decoder
+        )
         flops = seconds * rates.products
         phases.insert(0, Phase("make", flops, seconds, held + shape.total * shape.itemsize))
     return phases
@@ -190,13 +191,13 @@ def _answers(protocol: Protocol, shape: Shape, rates: Rates, weights: float, siz
 
 def _trained(training: Training, protocol: Protocol) -> int:
     """The tokens that a training reads."""
-    source, share = training.corpus or protocol.target, 1.0
+    settings = training.settings()
+    rows, length = _rows(training.corpus or protocol.target)
     if not training.corpus:
-        share -= protocol.held_out
-    rows, length = _rows(source)
-    if training.steps:
-        return training.steps * (training.batch or 8) * (training.accumulation or 1) * length
-    return round(rows * share * length * (training.epochs or _EPOCHS))
+        rows = round(rows * (1 - protocol.held_out))
+    rows = min(rows, settings.limit or rows)
+    steps = settings.steps or settings.epochs * rows / (settings.batch * settings.accumulation)
+    return round(steps * settings.batch * settings.accumulation * length)
 
 
 def _training(

@@ -11,6 +11,7 @@ from prunekit.criteria import CRITERIA
 from prunekit.errors import InputError
 from prunekit.experiment.typed import read, value
 from prunekit.plan import STRATEGIES
+from prunekit.recover.settings import Settings, resolve
 
 BUILT_IN = Path(__file__).parents[1] / "protocols"
 ORDERS = ("listed", "worst-first")
@@ -74,20 +75,33 @@ class Training:
     """Fine-tuning, of the dense model (`make`) or of pruned ones (`recovery`).
 
     Attributes:
-        method: of `prunekit.recover`.
+        method, preset: of `prunekit.recover`; "": the preset's method, and no preset.
         corpus: what is trained on; by default the part of the target that calibrates.
-        preset: hyperparameters by name; the options below replace them where they are not 0.
+        epochs, steps, learning_rate, batch, accumulation: instead of the preset's, or of the
+            method's defaults, where they are not 0.
     """
 
-    method: str = "lora"
-    corpus: Source | None = None
+    method: str = ""
     preset: str = ""
+    corpus: Source | None = None
     epochs: float = value(0.0, least=0)
     steps: int = value(0, least=0)
     learning_rate: float = value(0.0, least=0)
     batch: int = value(0, least=0)
     accumulation: int = value(0, least=0)
     seed: int = value(0, least=0)
+
+    def settings(self) -> Settings:
+        """What `prunekit.recover` makes of this.
+
+        Raises:
+            InputError: there is no such method or preset.
+        """
+        given = {name: getattr(self, name) or None for name in _OF_SETTINGS}
+        return resolve(self.preset or None, seed=self.seed, **given)
+
+
+_OF_SETTINGS = ("method", "epochs", "steps", "learning_rate", "batch", "accumulation")
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,11 @@ def protocol_of(given: Any) -> Protocol:
             lacking = [c for c in grid.criteria if "distractor" in CRITERIA[c].needs]
             if lacking and set(grid.strategies) != {"random"}:
                 raise InputError(f"grids[{i}].criteria: {lacking[0]} needs `distractors`")
+    for name in ("make", "recovery"):
+        try:
+            _ = (training := getattr(found, name)) and training.settings()
+        except InputError as error:
+            raise InputError(f"{name}.{error}") from None
     return found
 
 

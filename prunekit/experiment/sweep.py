@@ -121,8 +121,9 @@ def facts_of(protocol: Protocol, material: Material, tokenizer: Any) -> dict[str
     trained = {}
     for name in ("make", "recovery"):
         training = getattr(protocol, name)
-        trained[name] = training and asdict(training) | {
-            "corpus": training.corpus and corpus_of(training.corpus, tokenizer).hash
+        trained[name] = training and {
+            "settings": asdict(training.settings()),
+            "corpus": training.corpus and corpus_of(training.corpus, tokenizer).hash,
         }
     options = ("model", "dtype", "held_out", "multiple_of", "max_length")
     options += ("batch_tokens", "batch_size")  # sums of other batches round otherwise
@@ -188,7 +189,7 @@ class _Study:
             seconds["prune"] = time.perf_counter() - begun
             if cell.recovery:
                 begun = time.perf_counter()
-                model = recovered(model, self.tokenizer, self.protocol, self.material, self.model)
+                model = self._recovered(model)
                 seconds["recover"] = time.perf_counter() - begun
             begun = time.perf_counter()
             found = self._measured(model, cell, key)
@@ -215,6 +216,10 @@ class _Study:
         prune(model, chosen, stats=self.stats, compensate=cell.compensate)
         self.last = cell.pruned, model
         return model
+
+    def _recovered(self, model: nn.Module) -> nn.Module:
+        given = model, self.tokenizer, self.protocol, self.material, self.model
+        return recovered(*given, quiet=self.quiet)
 
     def _criterion(self, cell: Cell) -> str:
         return resolved(cell.criterion, self.stats, repaired=solves(cell))

@@ -12,11 +12,10 @@ from torch import nn
 
 from prunekit.checkpoint import save
 from prunekit.experiment.material import Material, corpus_of
-from prunekit.experiment.protocol import Protocol, Training
+from prunekit.experiment.protocol import Protocol
 from prunekit.files import digest
 from prunekit.integrations.transformers import load
-
-_OPTIONS = ("preset", "epochs", "steps", "learning_rate", "batch", "accumulation")
+from prunekit.recover import recover
 
 
 def cache_folder() -> Path:
@@ -33,32 +32,31 @@ def made_model(protocol: Protocol, tokenizer: Any, *, quiet: bool = False) -> nn
     """
     if protocol.make is None:
         return load(protocol.model, dtype=protocol.dtype)
-    from prunekit.recover import recover
-
     corpus = corpus_of(protocol.make.corpus or protocol.target, tokenizer)
-    made_from = [protocol.model, protocol.dtype, asdict(protocol.make), corpus.hash]
+    settings = asdict(protocol.make.settings())
+    made_from = [protocol.model, protocol.dtype, settings, corpus.hash]
     folder = cache_folder() / "models" / digest(made_from)
     if not (folder / "config.json").is_file():
         model = load(protocol.model, dtype=protocol.dtype)
-        options = _options(protocol.make)
-        model = recover(model, tokenizer, corpus, **options, quiet=quiet)
-        save(model, tokenizer, folder, results={"made": asdict(protocol.make)})
+        model = recover(model, tokenizer, corpus, **settings, quiet=quiet)
+        save(model, tokenizer, folder)
     return load(folder, dtype=protocol.dtype)
 
 
 def recovered(
-    model: nn.Module, tokenizer: Any, protocol: Protocol, material: Material, dense: nn.Module
+    model: nn.Module,
+    tokenizer: Any,
+    protocol: Protocol,
+    material: Material,
+    dense: nn.Module,
+    *,
+    quiet: bool = False,
 ) -> nn.Module:
     """A trained copy of a pruned model; the model itself, and what it shares, stay as they are."""
-    from prunekit.recover import recover
-
     training = protocol.recovery
+    settings = asdict(training.settings())
     corpus = corpus_of(training.corpus, tokenizer) if training.corpus else material.target
-    teacher = dense if training.method == "distill" else None
-    options = _options(training)
-    return recover(copy.deepcopy(model), tokenizer, corpus, teacher=teacher, **options, quiet=True)
-
-
-def _options(training: Training) -> dict[str, Any]:
-    given = {name: getattr(training, name) for name in _OPTIONS if getattr(training, name)}
-    return {"method": training.method, "seed": training.seed, **given}
+    teacher = dense if settings["method"] == "distill" else None
+    return recover(
+        copy.deepcopy(model), tokenizer, corpus, teacher=teacher, **settings, quiet=quiet
+    )
