@@ -157,7 +157,7 @@ def test_a_recovery_is_judged_by_the_share_that_came_back(after, verdict):
     (claim,) = said(run_of(*rows), "Fine-tuning")
     assert claim.verdict == verdict
     assert claim.subject == "selective (c), then lora"
-    assert f"{(after - 40) / 50:.0%} of what was lost" in claim.text
+    assert f"{100 * (after - 40) / 50:.0f} % of what was lost" in claim.text
 
 
 def test_where_nothing_was_lost_there_is_nothing_to_recover():

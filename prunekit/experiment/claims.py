@@ -208,7 +208,7 @@ def _knee_of(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[str,
     elif last > high:
         fits.append(False)
     verdict = OPEN if len(set(fits)) != 1 else HOLDS if fits[0] else FAILS
-    what = f"{TOLERATED:.0%} of the dense accuracy" if task else "a perplexity 5 % above"
+    what = f"{share(TOLERATED)} of the dense accuracy" if task else "a perplexity 5 % above"
     said = (
         f"at the largest sparsity measured, {percent(last)}, it still keeps within {what}"
         if beyond is None
@@ -219,7 +219,7 @@ def _knee_of(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[str,
     )
     fitted = (
         f"Two lines fit best with a bend at {percent(bend.at)}, which takes away "
-        f"{bend.explained:.0%} of one line's squared error"
+        f"{share(bend.explained)} of one line's squared error"
         if bend
         else "No bend fits better than one line, or too few sparsities lie before the collapse"
     )
@@ -247,7 +247,7 @@ def _regained(
             low, high = before.accuracy[task].value, after.accuracy[task].value
             test = paired(after.correct[task], before.correct[task])
             said = f"accuracy {low:.3f} to {high:.3f} of dense {dense:.3f} (p {_p(test.p)})"
-            said += f", {high / dense:.0%} of it" if dense else ""
+            said += f", {share(high / dense)} of it" if dense else ""
             lost, won = dense - low, high - low
         else:
             lost, after_rise = before.rise(run.dense), after.rise(run.dense)
@@ -257,13 +257,13 @@ def _regained(
             said = f"rise of the loss {lost:.3f} to {after_rise:.3f} nats a token"
         if lost > 0.02:
             shares.append(won / lost)
-            said += f"; {shares[-1]:.0%} of what was lost"
+            said += f"; {share(shares[-1])} of what was lost"
         figures.append(f"{percent(before.sparsity)}: {said}")
     if not shares:
         return OPEN, f"There was nothing to regain. {'. '.join(figures)}."
     mean = sum(shares) / len(shares)
     verdict = HOLDS if mean >= 0.5 else FAILS if mean < 0.1 else OPEN
-    return verdict, f"On average {mean:.0%} of what was lost came back. {'. '.join(figures)}."
+    return verdict, f"On average {share(mean)} of what was lost came back. {'. '.join(figures)}."
 
 
 def _memory_falls(run: Run, _: str | None) -> Said:
@@ -302,6 +302,11 @@ def _throughput_rises(run: Run, _: str | None) -> Said:
 def percent(share: float) -> str:
     """A sparsity: "20.8 %"."""
     return f"{100 * share:.1f} %"
+
+
+def share(of_one: float) -> str:
+    """A share in whole percent: "95 %"."""
+    return f"{100 * of_one:.0f} %"
 
 
 def _at(sparsity: float) -> str:

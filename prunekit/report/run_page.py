@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.experiment.analysis import Pooled, Run, Way
-from prunekit.experiment.claims import TOLERATED, claims, percent, tolerated
+from prunekit.experiment.claims import TOLERATED, claims, percent, share, tolerated
 from prunekit.report import run_plots as plots
 from prunekit.report.page import render
 from prunekit.report.run_table import records, table, write_beside
@@ -69,7 +69,7 @@ def headline(run: Run) -> str:
         return start
     way, points = max(selective.items(), key=lambda item: _worth(item[1], task))
     last, _ = tolerated(run, points, task)
-    kept = f"{100 * TOLERATED:.0f} % of that" if task else "its perplexity within 5 %"
+    kept = f"{share(TOLERATED)} of that" if task else "its perplexity within 5 %"
     name = way.label[0].upper() + way.label[1:]
     text = f"{start} {name} keeps {kept} with up to {percent(last)} of its MLP neurons removed"
     third = min(points, key=lambda p: abs(p.sparsity - _SHOWN_AT))
