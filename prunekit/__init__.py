@@ -21,6 +21,7 @@ from prunekit.stats import NeuronStats
 if TYPE_CHECKING:
     from prunekit.checkpoint import save
     from prunekit.experiment.search import search
+    from prunekit.experiment.sweep import sweep
     from prunekit.integrations.transformers import load
     from prunekit.measure import bench
 
@@ -35,6 +36,7 @@ _LAZY = {
     "load": "prunekit.integrations.transformers",
     "save": "prunekit.checkpoint",
     "search": "prunekit.experiment.search",
+    "sweep": "prunekit.experiment.sweep",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "score",
     "search",
     "sensitivity",
+    "sweep",
     "trying",
 ]
 
