@@ -19,7 +19,7 @@ from prunekit.corpus import Corpus, Example
 from prunekit.errors import InputError
 from prunekit.files import check_output_folder
 from prunekit.integrations.transformers import load, load_tokenizer
-from prunekit.recover import Settings, recover, resolve
+from prunekit.recover import Settings, is_first_process, recover, resolve
 from prunekit.tasks.arithmetic import arithmetic, arithmetic_corpus
 
 CONFIG = RecoverConfig
@@ -41,7 +41,7 @@ def run(config: RecoverConfig, output: Output) -> int:
     preset = config.preset or config.task
     chosen = resolve(preset, **given)
     _check(config, chosen)
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_process()
     work = Path(f"{config.output}.training")
     if config.force and not config.resume and first:
         shutil.rmtree(work, ignore_errors=True)

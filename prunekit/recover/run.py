@@ -128,7 +128,7 @@ def recover(
     options = {"max_length": chosen.max_length, "quiet": quiet}
     before = evaluate_loss(model, tokenizer, measured, **options)
     begun = time.perf_counter()
-    adapter = Path(keep_adapter) if keep_adapter else None
+    adapter = Path(keep_adapter) if keep_adapter and is_first_process() else None
     curve = _train(model, teacher, prompts, chosen, adapter, folder, save_every, checkpoint, quiet)
     facts |= {"steps": len(curve), "seconds": round(time.perf_counter() - begun, 1)}
     after = evaluate_loss(model, tokenizer, measured, **options)
@@ -136,6 +136,11 @@ def recover(
     known = getattr(model, "prunekit", None) or {}
     model.prunekit = {**known, "recovery": facts, "curve": curve}
     return model
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and speaks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check(model, teacher, chosen: Settings, folder, save_every: int, resume: bool, adapter):
@@ -188,7 +193,7 @@ def _prepare(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     """Begin a folder of checkpoints, or find the one to go on from."""
     from prunekit.recover.trainer import checkpoint_to_resume
 
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first looks after the folder
+    if not is_first_process():
         return checkpoint_to_resume(folder) if resume else None
     run = json.loads(json.dumps({**facts["settings"], "data": facts["data"]["hash"]}))
     begun = (folder / _RUN).is_file()
