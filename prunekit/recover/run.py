@@ -61,7 +61,8 @@ def recover(
     """Train a model in place: what pruning lost comes back, or a dense model learns a task.
 
     The loss is taken of completions, where the data has them, and of all tokens of plain text.
-    The same seed and data give the same weights on the same machine, with a kill between or not.
+    The same seed and data give the same weights on the same machine, with a kill between or not;
+    the seed is that of Python's, numpy's and torch's own generators too.
 
     Args:
         model: a causal language model, dense or pruned, its widths equal or not.
