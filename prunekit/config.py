@@ -145,8 +145,12 @@ class RecoverConfig:
     data: tuple[str, ...] = option(
         (), f"what to train on, its completions where it has them: {_CORPUS}", metavar="FILE"
     )
-    task: str = option("", "instead of --data: examples made on the spot", choices=("arithmetic",))
-    examples: int = option(20000, "how many examples --task makes", metavar="N")
+    task: str = option(
+        "",
+        "instead of --data: examples made on the spot, trained on with the preset of that name",
+        choices=("arithmetic",),
+    )
+    examples: int = option(3000, "how many examples --task makes", metavar="N")
     held_out: tuple[str, ...] = option(
         (),
         "measure the loss on this corpus, not on the first 100 training examples",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -202,6 +203,13 @@ def test_a_failure_leaves_no_adapter_behind(llama, tokenizer, rows, monkeypatch)
     after = llama.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.requires_grad for p in llama.parameters())
+
+
+def test_lora_without_peft_says_how_to_get_it(llama, tokenizer, rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"needs the package peft; pip install 'prunekit\[rec"):
+        pk.recover(llama, tokenizer, rows)
     assert all(p.requires_grad for p in llama.parameters())
 
 

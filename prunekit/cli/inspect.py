@@ -78,6 +78,10 @@ def _folder(path: Path, output: Output) -> int:
         rows.append(("widths", ", ".join(f"{dense} → {kept}" for dense, kept in widths)))
         rows.append(("sparsity reached", f"{record['sparsity']:.4f}"))
         rows += _facts({k: v for k, v in record["recipe"].items() if k != "fingerprint"})
+    if recovery := record.get("recovery"):
+        loss = recovery["loss"]
+        what = f"{recovery['settings']['method']}, {recovery['steps']} steps"
+        rows.append(("recovery", f"{what}: loss {loss['before']:.4f} → {loss['after']:.4f}"))
     output.table(f"model {path}", ("", "value"), rows)
     output.json({"kind": "model", **record})
     return 0

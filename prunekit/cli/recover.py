@@ -15,12 +15,12 @@ from prunekit.checkpoint import remember, save
 from prunekit.cli.output import Output, count
 from prunekit.cli.sources import corpora, joined
 from prunekit.config import RecoverConfig
-from prunekit.corpus import Corpus, Example
+from prunekit.corpus import Corpus
 from prunekit.errors import InputError
 from prunekit.files import check_output_folder
 from prunekit.integrations.transformers import load, load_tokenizer
-from prunekit.recover import Settings, recover, resolve
-from prunekit.tasks.arithmetic import arithmetic, arithmetic_corpus
+from prunekit.recover import Settings, is_first_process, recover, resolve
+from prunekit.tasks.arithmetic import arithmetic_corpus, held_out_corpus
 
 CONFIG = RecoverConfig
 EXAMPLES = """  prunekit recover small --data task.jsonl -o recovered
@@ -41,7 +41,7 @@ def run(config: RecoverConfig, output: Output) -> int:
     preset = config.preset or config.task
     chosen = resolve(preset, **given)
     _check(config, chosen)
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_process()
     work = Path(f"{config.output}.training")
     if config.force and not config.resume and first:
         shutil.rmtree(work, ignore_errors=True)
@@ -94,15 +94,8 @@ def _check(config: RecoverConfig, chosen: Settings) -> None:
 def _data(config: RecoverConfig, tokenizer) -> tuple[Corpus, Corpus | None]:
     held_out = joined(corpora(config.held_out, tokenizer, 0)) if config.held_out else None
     if config.task:
-        return arithmetic_corpus(config.examples), held_out or _sums()
+        return arithmetic_corpus(config.examples), held_out or held_out_corpus(_HELD_OUT)
     return joined(corpora(config.data, tokenizer, 0)), held_out
-
-
-def _sums() -> Corpus:
-    """Sums that no training example is, as a corpus."""
-    problems = arithmetic(_HELD_OUT).problems
-    examples = [Example(f"{p.prompt} {p.answer}\n", len(p.prompt)) for p in problems]
-    return Corpus("arithmetic", tuple(examples))
 
 
 def _teacher(config: RecoverConfig, tokenizer) -> nn.Module | None:

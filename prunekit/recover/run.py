@@ -61,7 +61,8 @@ def recover(
     """Train a model in place: what pruning lost comes back, or a dense model learns a task.
 
     The loss is taken of completions, where the data has them, and of all tokens of plain text.
-    The same seed and data give the same weights on the same machine, with a kill between or not.
+    The same seed and data give the same weights on the same machine, with a kill between or not;
+    the seed is that of Python's, numpy's and torch's own generators too.
 
     Args:
         model: a causal language model, dense or pruned, its widths equal or not.
@@ -128,7 +129,7 @@ def recover(
     options = {"max_length": chosen.max_length, "quiet": quiet}
     before = evaluate_loss(model, tokenizer, measured, **options)
     begun = time.perf_counter()
-    adapter = Path(keep_adapter) if keep_adapter else None
+    adapter = Path(keep_adapter) if keep_adapter and is_first_process() else None
     curve = _train(model, teacher, prompts, chosen, adapter, folder, save_every, checkpoint, quiet)
     facts |= {"steps": len(curve), "seconds": round(time.perf_counter() - begun, 1)}
     after = evaluate_loss(model, tokenizer, measured, **options)
@@ -136,6 +137,11 @@ def recover(
     known = getattr(model, "prunekit", None) or {}
     model.prunekit = {**known, "recovery": facts, "curve": curve}
     return model
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and speaks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check(model, teacher, chosen: Settings, folder, save_every: int, resume: bool, adapter):
@@ -188,7 +194,7 @@ def _prepare(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     """Begin a folder of checkpoints, or find the one to go on from."""
     from prunekit.recover.trainer import checkpoint_to_resume
 
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first looks after the folder
+    if not is_first_process():
         return checkpoint_to_resume(folder) if resume else None
     run = json.loads(json.dumps({**facts["settings"], "data": facts["data"]["hash"]}))
     begun = (folder / _RUN).is_file()

@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-code": _OF_PAPER
     | {"epochs": 2.0, "learning_rate": 2e-4, "dropout": 0.05, "batch": 2, "accumulation": 8}
     | {"limit": 7000},
-    "arithmetic": {"method": "full", "learning_rate": 3e-4, "batch": 64},  # SmolLM2-135M learns it
+    "arithmetic": {"method": "full", "learning_rate": 3e-4, "batch": 32},
 }
 
 
