@@ -271,7 +271,7 @@ class SweepConfig:
     allow_code_execution: bool = option(
         False, "let tasks run the code that the model writes, in a process of its own"
     )
-    quiet: bool = option(False, "no progress bars")
+    quiet: bool = option(False, "no progress bars, and no line a cell")
 
 
 @dataclass(frozen=True)

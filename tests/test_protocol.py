@@ -100,6 +100,10 @@ def test_a_cells_key_depends_on_the_facts_and_on_every_option():
             "grids[0].strategies[0]: got 'best'; expected one of selective, reverse, random",
         ),
         (
+            {"grids": [{"sparsities": [0.1], "compensations": ["distill"]}]},
+            "grids[0].compensations[0]: got 'distill'; expected one of none, bias, lstsq, seq",
+        ),
+        (
             {"grids": [{"sparsities": [0.1], "criteria": ["selectivity"]}]},
             "grids[0].criteria: selectivity needs `distractors`",
         ),

@@ -21,7 +21,7 @@ from prunekit.experiment.analysis import read_run
 from prunekit.experiment.ledger import NAME, Ledger, read_rows
 from prunekit.experiment.material import read_material, split
 from prunekit.experiment.protocol import Source, protocol_of
-from prunekit.experiment.sweep import sweep
+from prunekit.experiment.sweep import STATS, sweep
 from prunekit.experiment.twin import twin
 from prunekit.integrations.transformers import load, load_tokenizer
 from prunekit.tasks import evaluate_task, read_task
@@ -142,6 +142,17 @@ def test_what_is_there_is_refused_or_resumed_and_calibrated_once(
         given | {"grids": [*GRIDS, {"sparsities": [0.35]} | GRIDS[2] | {"sparsities": [0.35]}]}
     )
     assert len(sweep(grown, out, resume=True, quiet=True)) == 11
+
+
+def test_cells_that_need_more_statistics_have_the_calibration_done_anew(given, tmp_path):
+    plain = given | {"grids": [GRIDS[2]]}
+    sweep(protocol_of(plain), tmp_path / "run", quiet=True)
+    before = pk.NeuronStats.load(tmp_path / "run" / STATS)
+    assert before.target[0].gram is None
+    grown = protocol_of(given | {"grids": [GRIDS[2], GRIDS[0]]})
+    rows = sweep(grown, tmp_path / "run", resume=True, quiet=True)
+    assert [row["error"] for row in rows] == [""] * 6
+    assert pk.NeuronStats.load(tmp_path / "run" / STATS).target[0].gram is not None
 
 
 def test_a_finished_sweep_loads_no_model(given, tmp_path, monkeypatch):

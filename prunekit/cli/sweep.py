@@ -12,7 +12,7 @@ from prunekit.cli.forecast import duration, gigabytes
 from prunekit.cli.output import Output
 from prunekit.config import SweepConfig
 from prunekit.experiment.analysis import Way, read_run
-from prunekit.experiment.cells import DENSE, cells_of
+from prunekit.experiment.cells import DENSE, Cell, cells_of
 from prunekit.experiment.claims import claims
 from prunekit.experiment.forecast import SweepForecast, predict_sweep
 from prunekit.experiment.ledger import NAME
@@ -37,11 +37,13 @@ def run(config: SweepConfig, output: Output) -> int:
         return _dry_run(protocol, output)
     out = Path(config.out or protocol.name)
     check_output_file(out / NAME)
-    total, done = len(cells_of(protocol)), []
+    cells, done = cells_of(protocol), []
 
     def report(row: dict[str, Any]) -> None:
         done.append(row)
-        output.note(f"{_named(row['cell'])}: {_figures(row)}")
+        if not config.quiet:
+            number = cells.index(Cell(**row["cell"])) + 1
+            output.note(f"{number}/{len(cells)} {_named(row['cell'])}: {_figures(row)}")
 
     rows = sweep(
         protocol,
@@ -53,7 +55,7 @@ def run(config: SweepConfig, output: Output) -> int:
     )
     failed = [row for row in rows if row["error"]]
     output.table(
-        f"{protocol.name}: {total} cells, {len(done)} of them run now",
+        f"{protocol.name}: {len(cells)} cells, {len(done)} of them run now",
         ("model", "removed", *_measured(rows)),
         [_row(row, _measured(rows)) for row in rows],
     )

@@ -29,7 +29,7 @@ _LENGTHS = {"arithmetic": 24}
 _PROMPT = 128  # tokens of a problem
 _ANSWER = 256  # and of an answer, where only the task knows its limit
 _ADAPTED = 0.03  # LoRA's weights beside the model's, with their optimiser's state
-_STEP = 2e-3  # seconds a layer of a decoding step beside its weights: Python, mostly
+_STEP = 1.3e-3  # seconds a layer of a decoding step beside its weights, on one CPU: Python, mostly
 _ELIMINATE = ("auto", "reconstruction", "reconstruction_fisher")
 
 

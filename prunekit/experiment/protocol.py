@@ -15,6 +15,8 @@ from prunekit.recover.settings import Settings, resolve
 
 BUILT_IN = Path(__file__).parents[1] / "protocols"
 ORDERS = ("listed", "worst-first")
+# distill is bounded by minutes, which no two runs share; `recovery` has it by steps.
+REPAIRS = tuple(method for method in METHODS if method != "distill")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Grid:
     sparsities: tuple[float, ...] = value(above=0, below=1)
     strategies: tuple[str, ...] = value(("selective",), one_of=STRATEGIES)
     criteria: tuple[str, ...] = value(("auto",), one_of=tuple(sorted(CRITERIA)))
-    compensations: tuple[str, ...] = value(("sequential",), one_of=METHODS)
+    compensations: tuple[str, ...] = value(("sequential",), one_of=REPAIRS)
     seeds: tuple[int, ...] = value((0,), least=0)
     recover_at: tuple[float, ...] = value((), above=0, below=1)
 

@@ -21,10 +21,10 @@ by width.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,18 @@ class _Study:
         self.material, self.quiet = material, quiet
         self.model = made_model(protocol, tokenizer, quiet=quiet)
         self.fingerprint = fingerprint(find_mlps(self.model, verify=False))
-        self.stats = self._calibrated()
         self.scores: dict[tuple[str, int], list[torch.Tensor]] = {}
         self.last: tuple[Cell, nn.Module] | None = None
 
-    def _calibrated(self) -> NeuronStats | None:
+    @cached_property
+    def stats(self) -> NeuronStats | None:
         """The statistics that all cells need, from the run's folder where they are there."""
         wanted = gathered(self.protocol)
         if wanted is None:
             return None
         path = self.out / STATS
-        if path.is_file():
-            return NeuronStats.load(path)
+        if path.is_file() and _suffices(stats := NeuronStats.load(path), wanted):
+            return stats
         stats = calibrate(
             self.model,
             self.tokenizer,
@@ -211,9 +211,7 @@ class _Study:
             seed=cell.seed,
             recipe={"criterion": self._criterion(cell), "fingerprint": self.fingerprint},
         )
-        trains = cell.compensate == "distill"
-        model = copy.deepcopy(self.model) if trains else twin(self.model)
-        prune(model, chosen, stats=self.stats, compensate=cell.compensate)
+        model = prune(twin(self.model), chosen, stats=self.stats, compensate=cell.compensate)
         self.last = cell.pruned, model
         return model
 
@@ -305,6 +303,16 @@ def gathered(protocol: Protocol) -> dict[str, bool] | None:
         "gradients": "gradient_gram" in needs,
         "taylor": "taylor" in needs,
     }
+
+
+def _suffices(stats: NeuronStats, wanted: dict[str, bool]) -> bool:
+    """Whether statistics hold what cells need that were added to the protocol since."""
+    sums = {"gram": "gram", "gradients": "gradient_gram", "taylor": "taylor"}
+    return all(
+        getattr(stats.target[0], sums[name]) is not None
+        for name, needed in wanted.items()
+        if needed
+    )
 
 
 def solves(cell: Cell) -> bool:

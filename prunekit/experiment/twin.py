@@ -10,7 +10,7 @@ from torch import nn
 def twin(model: nn.Module) -> nn.Module:
     """A copy that shares every matrix with the model.
 
-    `prune` replaces the matrices of the MLPs and overwrites none (but for the repair distill, which
-    trains, and needs a copy of its own); the biases, which repairs do overwrite, are the copy's.
+    `prune` replaces the matrices of the MLPs and overwrites none, unless it distills; the biases,
+    which repairs do overwrite, are the copy's.
     """
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if p.dim() > 1})
