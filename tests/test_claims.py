@@ -3,8 +3,8 @@
 import pytest
 
 from prunekit.errors import InputError
-from prunekit.experiment.analysis import Run, Way, collapsed, pool
-from prunekit.experiment.claims import FAILS, HOLDS, OPEN, claims, curve, tolerated
+from prunekit.experiment.analysis import Run, Way, collapsed, curve, pool, tolerated
+from prunekit.experiment.claims import FAILS, HOLDS, OPEN, claims
 
 N = 100
 TITLES = ("Selective", "Reverse", "With 30", "The robustness", "Fine-tuning", "Memory", "Through")

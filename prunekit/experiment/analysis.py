@@ -11,12 +11,14 @@ from typing import Any
 from prunekit.errors import InputError
 from prunekit.experiment import statistics
 from prunekit.experiment.cells import DENSE
+from prunekit.experiment.knee import knee, within
 from prunekit.experiment.ledger import NAME, read_rows
 from prunekit.experiment.statistics import Interval
 from prunekit.files import read_json
 
 COLLAPSED = 1 / 5  # of the dense accuracy
 COLLAPSE_RISE = math.log(5)  # nats a token: five times the perplexity
+TOLERATED = 0.95  # of the dense accuracy, below which a knee is behind
 TARGET = "target"
 
 
@@ -190,3 +192,31 @@ def collapsed(point: Pooled, dense: Pooled, task: str | None) -> bool:
         return point.accuracy[task].value < COLLAPSED * dense.accuracy[task].value
     rise = point.rise(dense)
     return rise is None or rise > COLLAPSE_RISE
+
+
+def curve(run: Run, points: Sequence[Pooled], task: str | None) -> list[tuple[float, float]]:
+    """(sparsity, accuracy), or the rise of the loss without a task, from the dense model to the
+    first collapse: beyond it a curve is flat again, which is no knee."""
+    found = [(0.0, run.dense.accuracy[task].value if task else 0.0)]
+    for point in points:
+        value = point.accuracy[task].value if task else point.rise(run.dense)
+        if value is None:
+            break
+        found.append((point.sparsity, value))
+        if collapsed(point, run.dense, task):
+            break
+    return found
+
+
+def tolerated(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[float, float | None]:
+    """The sparsities between which the curve leaves what is tolerated: at least 95 % of the dense
+    accuracy, or, without a task, a rise of the perplexity of 5 %; None: it never does."""
+    found = curve(run, points, task)[1:]
+    if task:
+        floor = TOLERATED * run.dense.accuracy[task].value
+        return within([(p.sparsity, p.accuracy[task].value) for p in points], floor)
+    if not found:
+        return 0.0, points[0].sparsity
+    at = knee(found)
+    beyond = [s for s, _ in found if s > at or at < found[-1][0]]
+    return (at, at) if beyond else (at, None)

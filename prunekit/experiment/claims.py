@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from prunekit.experiment.analysis import (
     COLLAPSE_RISE,
     COLLAPSED,
+    TOLERATED,
     Pooled,
     Run,
     Way,
     collapsed,
+    curve,
+    tolerated,
 )
-from prunekit.experiment.knee import fitted_knee, knee, within
-from prunekit.experiment.statistics import Interval, holm, paired
+from prunekit.experiment.knee import fitted_knee
+from prunekit.experiment.statistics import holm, paired
+from prunekit.experiment.words import at, interval, nats, p_value, percent, points_of, share
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 LEVEL = 0.05
 USEFUL = 0.5  # of the dense accuracy
-TOLERATED = 0.95  # of the dense accuracy, below which a knee is behind
 _AROUND_10 = (0.05, 0.15)
 _AROUND_THIRD = (0.28, 0.37)
 _KNEE = (0.15, 0.20)
@@ -80,7 +83,7 @@ def _by_problems(pairs: Sequence[tuple[Pooled, Pooled]], task: str) -> tuple[str
     problems = len(pairs[0][0].correct[task][0])
     figures = "; ".join(
         f"{percent(a.sparsity)}: {a.accuracy[task].value:.3f} against {b.accuracy[task].value:.3f} "
-        f"({points_of(test.difference)}, p {_p(p)})"
+        f"({points_of(test.difference)}, p {p_value(p)})"
         for (a, b), test, p in zip(pairs, tests, ps, strict=True)
     )
     verdict, count = _majority(gaps, ps)
@@ -102,7 +105,7 @@ def _by_loss(pairs: Sequence[tuple[Pooled, Pooled]], _: None) -> tuple[str, str]
         else:
             gaps.append(theirs.value - mine.value)
             apart.append(mine.high < theirs.low or theirs.high < mine.low)
-        figures.append(f"{percent(a.sparsity)}: {_nats(mine)} against {_nats(theirs)}")
+        figures.append(f"{percent(a.sparsity)}: {nats(mine)} against {nats(theirs)}")
     verdict, count = _majority(gaps, [0.0 if each else 1.0 for each in apart])
     return verdict, (
         f"Lower loss at {sum(g > 0 for g in gaps)} of {len(gaps)} sparsities, with 95 % intervals "
@@ -169,34 +172,6 @@ def _knee_at_15_to_20(run: Run, task: str | None) -> Said:
             yield way.label, *_knee_of(run, points, task)
 
 
-def curve(run: Run, points: Sequence[Pooled], task: str | None) -> list[tuple[float, float]]:
-    """(sparsity, accuracy), or the rise of the loss without a task, from the dense model to the
-    first collapse: beyond it a curve is flat again, which is no knee."""
-    found = [(0.0, run.dense.accuracy[task].value if task else 0.0)]
-    for point in points:
-        value = point.accuracy[task].value if task else point.rise(run.dense)
-        if value is None:
-            break
-        found.append((point.sparsity, value))
-        if collapsed(point, run.dense, task):
-            break
-    return found
-
-
-def tolerated(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[float, float | None]:
-    """The sparsities between which the curve leaves what is tolerated: at least 95 % of the dense
-    accuracy, or, without a task, a rise of the perplexity of 5 %; None: it never does."""
-    found = curve(run, points, task)[1:]
-    if task:
-        floor = TOLERATED * run.dense.accuracy[task].value
-        return within([(p.sparsity, p.accuracy[task].value) for p in points], floor)
-    if not found:
-        return 0.0, points[0].sparsity
-    at = knee(found)
-    beyond = [s for s, _ in found if s > at or at < found[-1][0]]
-    return (at, at) if beyond else (at, None)
-
-
 def _knee_of(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[str, str]:
     bend = fitted_knee(curve(run, points, task), falls=task is not None)
     last, beyond = tolerated(run, points, task)
@@ -246,7 +221,7 @@ def _regained(
             dense = run.dense.accuracy[task].value
             low, high = before.accuracy[task].value, after.accuracy[task].value
             test = paired(after.correct[task], before.correct[task])
-            said = f"accuracy {low:.3f} to {high:.3f} of dense {dense:.3f} (p {_p(test.p)})"
+            said = f"accuracy {low:.3f} to {high:.3f} of dense {dense:.3f} (p {p_value(test.p)})"
             said += f", {share(high / dense)} of it" if dense else ""
             lost, won = dense - low, high - low
         else:
@@ -275,7 +250,7 @@ def _memory_falls(run: Run, _: str | None) -> Said:
     if len(found) >= 2:
         steps = [b < a for (_, a), (_, b) in itertools.pairwise(found)]
         verdict = HOLDS if all(steps) else FAILS if found[-1][1] >= found[0][1] else OPEN
-        figures = ", ".join(f"{size / 1e6:,.0f} MB {_at(s)}" for s, size in found)
+        figures = ", ".join(f"{size / 1e6:,.0f} MB {at(s)}" for s, size in found)
         yield "peak of loading and running, batch 1", verdict, f"{figures}."
 
 
@@ -293,43 +268,10 @@ def _throughput_rises(run: Run, _: str | None) -> Said:
             HOLDS if apart and last["speedup"] > 1 else FAILS if last["speedup"] <= 1 else OPEN
         )
         figures = ", ".join(
-            f"{row['tokens_per_s']:.1f} tokens/s ({row['speedup']:.2f} ×) {_at(s)}"
+            f"{row['tokens_per_s']:.1f} tokens/s ({row['speedup']:.2f} ×) {at(s)}"
             for s, row in found
         )
         yield f"{name}, batch 1", verdict, f"{figures}."
-
-
-def percent(share: float) -> str:
-    """A sparsity: "20.8 %"."""
-    return f"{100 * share:.1f} %"
-
-
-def share(of_one: float) -> str:
-    """A share in whole percent: "95 %"."""
-    return f"{100 * of_one:.0f} %"
-
-
-def _at(sparsity: float) -> str:
-    return f"at {percent(sparsity)}" if sparsity else "dense"
-
-
-def interval(found: Interval) -> str:
-    """An accuracy with its interval: "0.920 (0.880 to 0.955)"."""
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
-def points_of(found: Interval) -> str:
-    """A difference of accuracies in points: "+3.5 points, +1.0 to +6.0"."""
-    ends = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-    return f"{100 * found.value:+.1f} points, {ends}"
-
-
-def _nats(found: Interval | None) -> str:
-    return "not finite" if found is None else f"{found.value:.3f}"
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 _CLAIMS: tuple[tuple[str, Callable[[Run, str | None], Said], str], ...] = (

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 
 from prunekit.experiment.cells import Cell, cells_of
 from prunekit.experiment.material import MADE, MAKERS
+from prunekit.experiment.needs import gathered, solves
 from prunekit.experiment.protocol import Protocol, Source, Training
-from prunekit.experiment.sweep import gathered, solves
 from prunekit.measure.cost import Phase, Rates, Shape, Work, predict
 from prunekit.plan import kept_width
 

@@ -36,12 +36,13 @@ from prunekit.arch import find_mlps, fingerprint
 from prunekit.calibrate import calibrate
 from prunekit.compact import prune
 from prunekit.criteria import score
-from prunekit.criteria.auto import gathered_for, resolved
+from prunekit.criteria.auto import resolved
 from prunekit.errors import InputError
 from prunekit.evaluate import evaluate_loss
 from prunekit.experiment.cells import DENSE, Cell, cells_of
 from prunekit.experiment.ledger import NAME, Ledger
 from prunekit.experiment.material import Material, corpus_of, problems_of, read_material
+from prunekit.experiment.needs import gathered, solves, suffices
 from prunekit.experiment.protocol import Protocol
 from prunekit.experiment.speed import SPEED, measure_widths
 from prunekit.experiment.trained import made_model, recovered
@@ -165,7 +166,7 @@ class _Study:
         if wanted is None:
             return None
         path = self.out / STATS
-        if path.is_file() and _suffices(stats := NeuronStats.load(path), wanted):
+        if path.is_file() and suffices(stats := NeuronStats.load(path), wanted):
             return stats
         stats = calibrate(
             self.model,
@@ -289,35 +290,6 @@ class _Study:
             path.unlink()
         if (self.out / PARTIAL).is_dir():
             (self.out / PARTIAL).rmdir()
-
-
-def gathered(protocol: Protocol) -> dict[str, bool] | None:
-    """What the one calibration gathers for all cells; None where none is needed."""
-    cells = cells_of(protocol)[1:]
-    informed = [c for c in cells if c.criterion != "random" or c.compensate != "none"]
-    if not informed:
-        return None
-    needs = {name for c in informed for name in gathered_for(c.criterion, repaired=solves(c))}
-    return {
-        "gram": any(map(solves, informed)) or "gram" in needs,
-        "gradients": "gradient_gram" in needs,
-        "taylor": "taylor" in needs,
-    }
-
-
-def _suffices(stats: NeuronStats, wanted: dict[str, bool]) -> bool:
-    """Whether statistics hold what cells need that were added to the protocol since."""
-    sums = {"gram": "gram", "gradients": "gradient_gram", "taylor": "taylor"}
-    return all(
-        getattr(stats.target[0], sums[name]) is not None
-        for name, needed in wanted.items()
-        if needed
-    )
-
-
-def solves(cell: Cell) -> bool:
-    """Whether the repair of a cell solves for the down projections, from Gram matrices."""
-    return cell.compensate not in ("none", "bias")
 
 
 def _quantiles(scores: list[torch.Tensor]) -> list[list[float]]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.experiment.analysis import Pooled, Run, Way
-from prunekit.experiment.claims import TOLERATED, claims, percent, share, tolerated
+from prunekit.experiment.analysis import TOLERATED, Pooled, Run, Way, tolerated
+from prunekit.experiment.claims import claims
+from prunekit.experiment.words import percent, share
 from prunekit.report import run_plots as plots
 from prunekit.report.page import render
 from prunekit.report.run_table import records, table, write_beside

@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from prunekit.experiment.analysis import COLLAPSED, TARGET, Pooled, Run, Way, collapsed
-from prunekit.experiment.claims import curve
+from prunekit.experiment.analysis import COLLAPSED, TARGET, Pooled, Run, Way, collapsed, curve
 from prunekit.experiment.knee import fitted_knee
 from prunekit.experiment.statistics import Interval
 from prunekit.report.plots import loss_axis
