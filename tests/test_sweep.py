@@ -282,7 +282,9 @@ def test_a_recovery_trains_a_copy_and_leaves_the_pruned_model_as_it_was(
 def test_a_model_is_made_once_and_kept_by_what_it_was_made_from(given, tmp_path, monkeypatch):
     made = []
 
-    def recover(model, tokenizer, data, *, method, **options):
+    def recover(model, tokenizer, data, *, method, folder, resume, **options):
+        assert resume
+        folder.mkdir(parents=True)
         made.append((method, len(data.examples)))
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(2)
@@ -295,6 +297,8 @@ def test_a_model_is_made_once_and_kept_by_what_it_was_made_from(given, tmp_path,
     rows = sweep(protocol, tmp_path / "a", quiet=True)
     again = sweep(protocol, tmp_path / "b", quiet=True)
     assert made == [("full", 12)]
+    (kept,) = (tmp_path / "cache" / "models").iterdir()
+    assert (kept / "config.json").is_file()
     assert bare(rows) == bare(again)
     sweep(protocol_of(given | {"make": make | {"steps": 2}}), tmp_path / "c", quiet=True)
     assert len(made) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def cache_folder() -> Path:
 def made_model(protocol: Protocol, tokenizer: Any, *, quiet: bool = False) -> nn.Module:
     """The dense model of a protocol, trained first where it says so, or found in the cache.
 
+    A training that was killed goes on from its last checkpoint, which lies in the cache too.
+
     Raises:
         InputError: the model or the corpus cannot be read, or the training fails.
     """
@@ -38,8 +41,11 @@ def made_model(protocol: Protocol, tokenizer: Any, *, quiet: bool = False) -> nn
     folder = cache_folder() / "models" / digest(made_from)
     if not (folder / "config.json").is_file():
         model = load(protocol.model, dtype=protocol.dtype)
-        model = recover(model, tokenizer, corpus, **settings, quiet=quiet)
+        checkpoints = folder.with_suffix(".training")
+        options = {"folder": checkpoints, "resume": True, "quiet": quiet}
+        model = recover(model, tokenizer, corpus, **settings, **options)
         save(model, tokenizer, folder)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return load(folder, dtype=protocol.dtype)
 
 
