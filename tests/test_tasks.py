@@ -176,16 +176,17 @@ def test_humaneval_asks_before_it_runs_code():
 
 def test_humaneval_passes_what_passes_its_tests():
     task = read_task(HUMANEVAL[0], limit=3, **HUMANEVAL[1])
+    assert task.problems[0].prompt.endswith('"""')  # the indentation is the model's
     right = (
-        "    for i, a in enumerate(numbers):\n        for b in numbers[i + 1:]:\n"
+        "\n    for i, a in enumerate(numbers):\n        for b in numbers[i + 1:]:\n"
         "            if abs(a - b) < threshold:\n                return True\n    return False\n"
     )
     assert grade(task, right, ended=False).correct  # that it then ran on does not matter
-    assert grade(task, "    return False\n").failure == "wrong"
-    assert grade(task, "    return (\n").failure == "unparsable"
+    assert grade(task, "\n    return False\n").failure == "wrong"
+    assert grade(task, "\n    return (\n").failure == "unparsable"
     assert grade(task, "", ended=True).failure == "empty"
-    assert grade(task, "    import os\n    os._exit(0)\n").failure == "wrong"
-    assert grade(task, "    return (\n", ended=False).failure == "trap"
+    assert grade(task, "\n    import os\n    os._exit(0)\n").failure == "wrong"
+    assert grade(task, "\n    return (\n", ended=False).failure == "trap"
 
 
 @pytest.mark.slow
@@ -197,7 +198,7 @@ def test_every_solution_of_humaneval_passes():
     failed = [
         problem.id
         for index, (problem, text) in enumerate(zip(task.problems, solutions, strict=True))
-        if not grade(task, text, index).correct
+        if not grade(task, "\n" + text, index).correct
     ]
     assert len(solutions) == 164
     assert failed == []
