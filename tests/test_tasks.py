@@ -1,7 +1,9 @@
 """Tasks: what counts as an answer, how failures are named, and what a run leaves and resumes."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
@@ -387,6 +389,8 @@ def test_generations_of_another_run_are_refused(tmp_path, words, echo):
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
     with pytest.raises(InputError, match="has generations of another model"):
         evaluate_task(model, words, echo, resume=path, quiet=True)
+    with pytest.raises(InputError, match="batch size: got 0"):
+        evaluate_task(model, words, echo, batch_size=0, quiet=True)
     path.write_text("{}\nnothing\n")
     with pytest.raises(InputError, match="is no file of generations"):
         evaluate_task(model, words, echo, resume=path, quiet=True)
@@ -413,3 +417,12 @@ def test_lm_eval_runs_its_own_tasks_on_our_model(tmp_path, folder, words):
     assert result.failures.get("wrong", 0) == 8 - sum(result.correct)
     with pytest.raises(InputError, match="lm-eval knows no such task"):
         read_task("lm-eval:no-such-task-at-all")
+
+
+def test_a_full_disk_is_one_clear_line(monkeypatch, tmp_path, words, echo):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="echo: cannot be written: No space left on device"):
+        evaluate_task(tiny_model("llama"), words, echo, resume=tmp_path / "echo", quiet=True)
