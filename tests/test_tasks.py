@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -349,6 +350,19 @@ def test_a_run_gives_results_in_the_tasks_order(words, echo):
     assert [g.id for g in many.generations] == [p.id for p in echo.problems]
     assert {g.tokens for g in many.generations} == {10}
     assert all(g.text.startswith(" ") or g.text.startswith("w") for g in many.generations)
+
+
+def test_a_task_may_be_asked_as_a_chat(words, echo):
+    model, template = tiny_model("llama"), "w3 {{ messages[0]['content'] }} w4"
+    asked = tuple(replace(p, prompt=f"w3 {p.prompt} w4") for p in echo.problems)
+    as_text = evaluate_task(model, words, replace(echo, problems=asked), quiet=True)
+    chat = replace(echo, chat=True)
+    plain = evaluate_task(model, words, chat, quiet=True)  # there is no template yet
+    words.chat_template = template
+    model.train()
+    assert evaluate_task(model, words, chat, quiet=True) == as_text
+    assert model.training
+    assert plain == evaluate_task(model, words, echo, quiet=True) != as_text
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_alike(monkeypatch, tmp_path, words, echo):
