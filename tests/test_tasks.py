@@ -42,6 +42,8 @@ def grade(task, text, index=0, ended=True):
         ("so it is. " * 5 + "And then?", False),
         ("12 12 12 12 12 12 12 12 12", True),
         ("12 13 14 15 16 17 18 19 20", False),
+        ("".join(f"{i}. So, 2 * {i} = {2 * i}.\n" for i in range(97, 102)), True),
+        ("".join(f"{i}. So, {'x' * i} it is.\n" for i in range(7, 12)), False),
         ("", False),
         ("a line of 30 different letters\n" * 3 + "a line of 31 different letters\n", False),
         (("x" * 299 + "y") * 4, True),
