@@ -173,7 +173,7 @@ def _train(model, teacher, prompts, chosen, adapter, folder, save_every, checkpo
     try:
         with trainable(model, chosen, adapter) as trained:
             trainer = Recovery(trained, objective, prompts, chosen, quiet=quiet, **places)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.run(checkpoint)
             return trainer.curve()
     finally:
         model.train(was_training).to(device)
@@ -199,7 +199,7 @@ def _prepare(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     run = json.loads(json.dumps({**facts["settings"], "data": facts["data"]["hash"]}))
     begun = (folder / _RUN).is_file()
     if begun and not resume:
-        raise InputError(f"{folder}: holds a run that did not end; resume it, or remove it")
+        raise InputError(f"{folder}: holds a run already; resume it, or remove it")
     if begun and (found := differences(run, files.read_json(folder / _RUN))):
         raise InputError(f"resume: {folder} was begun otherwise: {found}; remove it to begin anew")
     if not begun:
