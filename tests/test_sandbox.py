@@ -1,7 +1,9 @@
 """The sandbox: hostile programs are contained, fail in bounded time, and leave nothing behind."""
 
+import errno
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import psutil
 import pytest
 
 from prunekit.errors import InputError
-from prunekit.tasks import sandbox
+from prunekit.tasks import jail, sandbox
 from prunekit.tasks.sandbox import run_program
 
 # What a program does: (source, what its failure says). {victim} is a file outside its folder.
@@ -192,6 +194,51 @@ def test_a_program_dies_with_who_runs_it():
     while jailed(1) & begun and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not jailed(1) & begun
+
+
+def judged(machine, number, *arguments):
+    """What the filter of a machine returns for a system call: the kernel's steps, one by one."""
+    rules = list(struct.iter_unpack("=HBBI", jail.filter_program(machine)))
+    audit = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
+    filled = [*arguments, *[0] * (6 - len(arguments))]
+    data = struct.pack("=IIQ6Q", number, audit, 0, *filled)
+    place, loaded = 0, 0
+    while True:
+        code, then, otherwise, k = rules[place]
+        if code == 0x06:
+            return "allow" if k == 0x7FFF0000 else k & 0xFFFF
+        if code == 0x20:
+            loaded = struct.unpack_from("=I", data, k)[0]
+        else:
+            place += then if (loaded == k if code == 0x15 else loaded & k) else otherwise
+        place += 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "numbers"),
+    [
+        ("x86_64", (0, 41, 257, 56, 435, 302, 87, 62, 16, 72)),
+        ("aarch64", (63, 198, 56, 220, 435, 261, 35, 129, 29, 25)),
+    ],
+)
+def test_the_filter_judges_alike_on_both_machines(machine, numbers):
+    read, socket, openat, clone, clone3, prlimit, unlink, kill, ioctl, fcntl = numbers
+    assert judged(machine, read) == "allow"
+    for number in (socket, unlink, kill, 0x40000000 + read):
+        assert judged(machine, number) == errno.EPERM
+    for flags, verdict in (
+        (os.O_RDONLY | os.O_CLOEXEC, "allow"),
+        (os.O_RDONLY | os.O_DIRECTORY, "allow"),
+        *((flag, errno.EPERM) for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)),
+    ):
+        assert judged(machine, openat, 0, 0, flags) == verdict
+    assert judged(machine, clone, 0x10000) == "allow"
+    assert judged(machine, clone, 17) == errno.EPERM
+    assert judged(machine, clone3) == errno.ENOSYS
+    assert judged(machine, prlimit, 0, 9, 0) == "allow"
+    assert judged(machine, prlimit, 0, 9, 1) == judged(machine, prlimit, 0, 9, 2**32) == errno.EPERM
+    assert judged(machine, ioctl, 0, 0x5401) == judged(machine, fcntl, 0, 1) == "allow"
+    assert judged(machine, ioctl, 0, 0x5412) == judged(machine, fcntl, 0, 8) == errno.EPERM
 
 
 def test_other_systems_are_refused_with_the_reason(monkeypatch):

@@ -45,8 +45,11 @@ def run(config: EvalConfig, output: Output) -> int:
 def _check(config: EvalConfig) -> None:
     if not config.data and not config.task:
         raise InputError("needs --data FILE or --task TASK; see `prunekit eval --help`")
-    if config.batch_size < 1 or config.max_new_tokens < 0:
-        raise InputError("--batch-size, --max-new-tokens: expected positive numbers")
+    for option, least in (("batch_size", 1), ("max_new_tokens", 0)):
+        given = getattr(config, option)
+        if given < least:
+            flag = option.replace("_", "-")
+            raise InputError(f"--{flag}: got {given}; expected at least {least}")
 
 
 def _losses(

@@ -6,7 +6,9 @@
 - ``unparsable``: it ended, but holds nothing that its task could take for an answer.
 - ``wrong``: it holds an answer, which is not the right one.
 
-A continuation that is correct fails in no way, even where it then ran on to the limit.
+A continuation that is correct fails in no way, even where it then ran on to the limit. The paper
+(arXiv 2604.27115) calls a trap whatever reaches the limit, loops and correct answers among it:
+`TaskResult.unended` counts those.
 """
 
 from __future__ import annotations

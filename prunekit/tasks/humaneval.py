@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prunekit.errors import InputError
 from prunekit.tasks.base import Problem, Task
 from prunekit.tasks.embedded import humaneval_rows
@@ -32,11 +34,15 @@ def humaneval(*, limit: int = 0, allow_code_execution: bool = False) -> Task:
         )
     rows = humaneval_rows()[: limit or None]
     check_sandbox()
-    problems = tuple(
-        Problem(row["task_id"], row["prompt"], f"{row['test']}\ncheck({row['entry_point']})\n")
-        for row in rows
-    )
+    problems = tuple(_problem(row) for row in rows)
     return Task("humaneval", problems, _check, stop=_STOP, max_new_tokens=512, metric="pass@1")
+
+
+def _problem(row: dict[str, Any]) -> Problem:
+    # A line's end alone is no token that code has before its indentation: models then answer with
+    # something else than code, so the line's end is left to them.
+    prompt = row["prompt"].rstrip()
+    return Problem(row["task_id"], prompt, f"{row['test']}\ncheck({row['entry_point']})\n")
 
 
 def _check(problem: Problem, text: str, ended: bool) -> bool | None:

@@ -108,12 +108,13 @@ def _lock() -> None:
     rules = filter_program(platform.machine())
     program = Program(len(rules) // 8, rules)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    for option, *values in (
-        (_PR_SET_PDEATHSIG, signal.SIGKILL, 0),
-        (_PR_SET_NO_NEW_PRIVS, 1, 0),
+    for option, value, pointer in (
+        (_PR_SET_PDEATHSIG, signal.SIGKILL, None),
+        (_PR_SET_NO_NEW_PRIVS, 1, None),
         (_PR_SET_SECCOMP, 2, ctypes.byref(program)),
     ):
-        if prctl(option, *values, 0, 0):
+        none = ctypes.c_ulong(0)
+        if prctl(option, ctypes.c_ulong(value), pointer, none, none):
             raise OSError(ctypes.get_errno(), f"prctl {option}")
 
 
@@ -122,10 +123,11 @@ def main() -> None:
     verdict, cpu_seconds, memory = map(int, sys.argv[1:])
     nonce, _, source = sys.stdin.read().partition("\n")
     del sys.path[0], sys.argv[1:]  # prunekit's own files are no modules of the program's
-    _limit(cpu_seconds, memory)
-    _lock()
-    kind, reason = "unparsable", ""
+    kind, reason = "failed", ""
     try:
+        _limit(cpu_seconds, memory)
+        _lock()
+        kind = "unparsable"
         code = compile(source, "program", "exec")
         kind = "failed"
         exec(code, {"__name__": "__main__"})

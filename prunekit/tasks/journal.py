@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from prunekit.errors import InputError
 from prunekit.files import check_output_file
@@ -28,11 +29,10 @@ class Journal:
     def __init__(self, path: str | Path, header: dict[str, Any]):
         self.path = check_output_file(path)
         self.done: dict[str, Generation] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self._whole_lines()
         if whole:
             self._read(whole, header)
-        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+        with self._writing("r+b" if self.path.exists() else "wb") as file:
             file.truncate(len(whole))  # a line that a kill cut short goes
         if not whole:
             self._append([header])
@@ -43,10 +43,19 @@ class Journal:
         self.done |= {generation.id: generation for generation in generations}
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        with self._writing("ab") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    @contextmanager
+    def _writing(self, mode: str) -> Iterator[BinaryIO]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open(mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def _whole_lines(self) -> bytes:
         content = self.path.read_bytes() if self.path.exists() else b""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.errors import InputError
 from prunekit.files import digest
 from prunekit.progress import progress_bar
 from prunekit.tasks.base import Generation, Task, TaskResult
@@ -42,12 +43,15 @@ def evaluate_task(
         quiet: no progress bar.
 
     Raises:
-        InputError: a prompt fills the model's positions, or the file is of another run.
+        InputError: a prompt fills the model's positions, the batch size is none, or the file is of
+            another run or cannot be written.
 
     Cost:
         One forward of each prompt and of each new token. In bf16, batches of another size may
         choose differently between tokens that are all but equally likely.
     """
+    if batch_size < 1:
+        raise InputError(f"batch size: got {batch_size}; expected at least 1")
     if isinstance(task, LmEvalTask):
         return task.evaluate(model, tokenizer, batch_size=batch_size)
     limit = max_new_tokens or task.max_new_tokens
