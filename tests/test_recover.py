@@ -183,10 +183,22 @@ def test_a_stopped_run_goes_on_to_the_same_weights(method, tmp_path, tokenizer, 
     assert len(want.prunekit["curve"]) == 12
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_ended_is_not_trained_further(method, tmp_path, tokenizer, rows):
+    given = {"steps": 2, "folder": tmp_path / "run"}
+    first, again = (
+        recover(tiny_model("llama"), tokenizer, rows, method, resume=resume, **given)
+        for resume in (False, True)
+    )
+    pairs = zip(first.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert first.prunekit["curve"] == again.prunekit["curve"]
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path, llama, tokenizer, rows):
     given = {"steps": 2, "save_every": 1, "folder": tmp_path / "run"}
     recover(copy.deepcopy(llama), tokenizer, rows, "full", **given)
-    with pytest.raises(InputError, match="holds a run that did not end; resume it, or remove it"):
+    with pytest.raises(InputError, match="holds a run already; resume it, or remove it"):
         recover(llama, tokenizer, rows, "full", **given)
     with pytest.raises(InputError, match=r"begun otherwise: seed 1 \(was 0\)"):
         recover(llama, tokenizer, rows, "full", resume=True, seed=1, **given)

@@ -90,9 +90,7 @@ def test_what_was_stopped_is_resumed_or_begun_anew(capsys, monkeypatch, tmp_path
     assert (tmp_path / "b.training" / "checkpoint-2").is_dir()
     assert not (tmp_path / "b").exists()
     monkeypatch.setattr(Recovery, "training_step", step)
-    assert "b.training: holds a run that did not end" in refused(
-        capsys, *given, "-o", tmp_path / "b"
-    )
+    assert "b.training: holds a run already" in refused(capsys, *given, "-o", tmp_path / "b")
     shutil.copytree(tmp_path / "b.training", tmp_path / "c.training")
     assert run(capsys, *given, "-o", tmp_path / "b", "--resume")[0] == 0
     assert run(capsys, *given, "-o", tmp_path / "c", "--force")[0] == 0

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from prunekit import files
-from prunekit.arch import check_finite, find_mlps
+from prunekit.arch import check_finite, find_mlps, fingerprint
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
 from prunekit.evaluate import Loss, evaluate_loss
@@ -122,7 +122,7 @@ def recover(
     corpus = Corpus(corpus.name, corpus.examples[: chosen.limit or None])
     prompts = training_tokens(corpus, tokenizer, chosen.max_length)
     facts = _facts(chosen, corpus, prompts, teacher)
-    checkpoint = _prepare(Path(folder), facts, resume) if folder else None
+    checkpoint = _prepare(Path(folder), model, facts, resume) if folder else None
     measured = corpus if held_out is None else as_corpus(held_out, tokenizer)
     if held_out is None:
         measured = Corpus(corpus.name, corpus.examples[:_MEASURED])
@@ -173,7 +173,7 @@ def _train(model, teacher, prompts, chosen, adapter, folder, save_every, checkpo
     try:
         with trainable(model, chosen, adapter) as trained:
             trainer = Recovery(trained, objective, prompts, chosen, quiet=quiet, **places)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.run(checkpoint)
             return trainer.curve()
     finally:
         model.train(was_training).to(device)
@@ -190,16 +190,18 @@ def _facts(chosen: Settings, corpus: Corpus, prompts, teacher) -> dict[str, Any]
     return {"settings": vars(chosen), "data": data, "teacher": name}
 
 
-def _prepare(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
+def _prepare(folder: Path, model: nn.Module, facts: dict[str, Any], resume: bool) -> Path | None:
     """Begin a folder of checkpoints, or find the one to go on from."""
     from prunekit.recover.trainer import checkpoint_to_resume
 
     if not is_first_process():
         return checkpoint_to_resume(folder) if resume else None
-    run = json.loads(json.dumps({**facts["settings"], "data": facts["data"]["hash"]}))
+    whole = {"data": facts["data"]["hash"], "teacher": facts["teacher"]}
+    whole |= {"model": fingerprint(find_mlps(model, verify=False))}
+    run = json.loads(json.dumps({**facts["settings"], **whole}))
     begun = (folder / _RUN).is_file()
     if begun and not resume:
-        raise InputError(f"{folder}: holds a run that did not end; resume it, or remove it")
+        raise InputError(f"{folder}: holds a run already; resume it, or remove it")
     if begun and (found := differences(run, files.read_json(folder / _RUN))):
         raise InputError(f"resume: {folder} was begun otherwise: {found}; remove it to begin anew")
     if not begun:

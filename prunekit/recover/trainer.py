@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from prunekit.batching import Tokens
 from prunekit.errors import InputError
@@ -18,6 +18,7 @@ from prunekit.progress import progress_bar
 from prunekit.recover.data import ByLength, Examples, collate
 from prunekit.recover.settings import Settings
 
+STATE = "trainer_state.json"
 CURVE = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 _BETAS = (0.9, 0.98)  # the runs are short: a second moment over 1000 steps would never warm up
 _CLIP = 1.0
@@ -73,6 +74,18 @@ class Recovery(Trainer):
         # Counted over all processes, whose gradients are then averaged.
         return total / num_items_in_batch * self.accelerator.num_processes
 
+    def run(self, checkpoint: Path | None) -> None:
+        """Train from the beginning, or from where a checkpoint was written."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))  # the last: `train` would take a step more
+        self.state = state
+
     def curve(self) -> list[dict[str, float]]:
         """The loss of every step, those before a resumption included."""
         return [{k: row[k] for k in CURVE} for row in self.state.log_history if "grad_norm" in row]
@@ -115,7 +128,7 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
     steps = {
         int(path.name.rpartition("-")[2]): path
         for path in folder.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file()
+        if (path / STATE).is_file()
     }
     return steps[max(steps)] if steps else None
 
