@@ -49,7 +49,7 @@ def claims(run: Run) -> list[Claim]:
     found: list[Claim] = []
     for title, judge, needs in _CLAIMS:
         said = [Claim(title, *each) for each in judge(run, task)]
-        found += said or [Claim(title, "", OPEN, f"Cannot be told: {needs}.")]
+        found += said or [Claim(title, "", OPEN, f"{needs}.")]
     return found
 
 
@@ -183,15 +183,16 @@ def _knee_of(run: Run, points: Sequence[Pooled], task: str | None) -> tuple[str,
     elif last > high:
         fits.append(False)
     verdict = OPEN if len(set(fits)) != 1 else HOLDS if fits[0] else FAILS
-    what = f"{share(TOLERATED)} of the dense accuracy" if task else "a perplexity 5 % above"
-    said = (
-        f"at the largest sparsity measured, {percent(last)}, it still keeps within {what}"
-        if beyond is None
-        else f"it falls below {what} at {percent(beyond)} already"
-        if not last
-        else f"it keeps within {what} up to {percent(last)}"
-        + (f" and no longer at {percent(beyond)}" if beyond != last else "")
-    )
+    keeps = f"keeps {share(TOLERATED)} of the dense accuracy"
+    if not task:
+        keeps = "keeps the perplexity within 5 % of the dense model's"
+    if beyond is None:
+        said = f"it {keeps} at all sparsities measured, {percent(last)} the largest"
+    elif not last:
+        said = f"at {percent(beyond)} it no longer {keeps}"
+    else:
+        said = f"it {keeps} up to {percent(last)}"
+        said += f" and no longer at {percent(beyond)}" if beyond != last else ""
     fitted = (
         f"Two lines fit best with a bend at {percent(bend.at)}, which takes away "
         f"{share(bend.explained)} of one line's squared error"
@@ -278,28 +279,28 @@ _CLAIMS: tuple[tuple[str, Callable[[Run, str | None], Said], str], ...] = (
     (
         "Selective removal beats random removal",
         _selective_beats_random,
-        "no sparsity has both a selective and a random cell",
+        "No sparsity has both a selective and a random cell",
     ),
     (
         "Reverse removal of about 10 % collapses the model",
         _reverse_collapses,
-        "no reverse cell removes between 5 and 15 %",
+        "No reverse cell removes between 5 and 15 %",
     ),
     (
         "With 30 to 35 % removed selectively the model is still useful",
         _third_is_useful,
-        "no selective cell removes between 28 and 37 %, or no task was solved",
+        "No selective cell removes between 28 and 37 %, or no task was solved",
     ),
     (
         "The robustness knee lies at 15 to 20 %",
         _knee_at_15_to_20,
-        "no selective way has two sparsities",
+        "No selective way has two sparsities",
     ),
     (
         "Fine-tuning recovers much",
         _training_recovers,
-        "no pruned model was trained afterwards",
+        "No pruned model was trained afterwards",
     ),
-    ("Memory falls with sparsity", _memory_falls, "memory was not measured"),
-    ("Throughput rises with sparsity", _throughput_rises, "speed was not measured"),
+    ("Memory falls with sparsity", _memory_falls, "Memory was not measured"),
+    ("Throughput rises with sparsity", _throughput_rises, "Speed was not measured"),
 )

@@ -78,7 +78,7 @@ def headline(run: Run) -> str:
     for other, controls in plots.plain_ways(run).items():
         same = [p for p in controls if p.asked == third.asked]
         if other.strategy == "random" and same:
-            text += f", where {other.label} keeps {_quality(run, same[0], task)}"
+            text += f", where {other.label} {_quality(run, same[0], task)}"
             break
     return f"{text}."
 
@@ -93,9 +93,9 @@ def _worth(points: Sequence[Pooled], task: str | None) -> float:
 
 def _quality(run: Run, point: Pooled, task: str | None) -> str:
     if task:
-        return percent(point.accuracy[task].value)
+        return f"solves {percent(point.accuracy[task].value)}"
     rise = point.rise(run.dense)
-    return "no finite loss" if rise is None else f"a loss {rise:+.3f} nats a token above"
+    return "has no finite loss" if rise is None else f"loses {rise:.3f} nats a token"
 
 
 def _warnings(run: Run) -> list[str]:
