@@ -15,9 +15,11 @@ from prunekit.cli import main
 from prunekit.corpus import Corpus, Example, from_texts
 from prunekit.errors import InputError
 from prunekit.evaluate import evaluate_loss
+from prunekit.experiment import speed as speed_module
 from prunekit.experiment import sweep as sweep_module
 from prunekit.experiment import trained
 from prunekit.experiment.analysis import read_run
+from prunekit.experiment.cells import cells_of
 from prunekit.experiment.ledger import NAME, Ledger, read_rows
 from prunekit.experiment.material import read_material, split
 from prunekit.experiment.protocol import Source, protocol_of
@@ -316,6 +318,33 @@ def test_speed_and_memory_are_measured_once_a_width(given, tmp_path):
         assert each["memory"]["peak_bytes"] > 0
         assert each["sparsity"] == (0.5 if width == "48" else 0.0)
     assert widths["48"]["disk"] < widths["96"]["disk"]
+
+
+def test_groups_that_do_not_fit_together_are_timed_on_one_clock(given, tmp_path, monkeypatch):
+    seen = []
+
+    def timed(models, protocol):
+        slower = len(seen) + 1  # the second group finds a machine half as fast
+        seen.append(list(models))
+        rates = {name: 96 / int(name) * 10 / slower for name in models}
+        facts = {"test": "tg2", "low": 1 / slower, "high": 2 / slower}
+        return [
+            facts | {"model": name, "tokens_per_s": rate, "speedup": 96 / int(name)}
+            for name, rate in rates.items()
+        ]
+
+    monkeypatch.setattr(speed_module, "_timed", timed)
+    monkeypatch.setattr(speed_module, "_free_bytes", lambda: 0)
+    protocol = protocol_of(given | {"grids": [GRIDS[1]], "measure": {"memory": False}})
+    model, out = tiny_model("llama"), tmp_path
+    speed_module.measure_widths(model, None, protocol, cells_of(protocol), out)
+    assert seen == [["96", "80"], ["96", "48"]]
+    widths = json.loads((out / "speed.json").read_text())["widths"]
+    assert widths["96"]["tg"]["tokens_per_s"] == 10
+    assert widths["48"]["tg"] == {"tokens_per_s": 20, "low": 1, "high": 2, "speedup": 2}
+    monkeypatch.setattr(speed_module, "_free_bytes", lambda: 1 << 40)
+    speed_module.measure_widths(model, None, protocol, cells_of(protocol), out)
+    assert seen[2] == ["96", "80", "48"]
 
 
 def test_a_corpus_is_split_evenly_and_too_few_rows_are_refused():
