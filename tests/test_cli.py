@@ -130,6 +130,38 @@ def test_a_share_of_the_off_task_ability_is_kept_and_its_price_told(
     assert f"{found[1]['rise']:+.4f}" in text
 
 
+def test_tasks_are_solved_beside_the_dense_model(capsys, tmp_path, folder):
+    from prunekit.integrations.loading import load, load_tokenizer
+    from prunekit.tasks import evaluate_task, read_task
+
+    rows = [{"prompt": f"w{i} w{i + 1}", "answer": "w5", "match": "contains"} for i in range(3, 12)]
+    task = tmp_path / "words.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = tmp_path / "kept"
+    options = ("--task", f"jsonl:{task}", "--baseline", folder, "--limit", 8, "--quiet")
+    options += ("--generations", kept, "--max-new-tokens", 6, "--batch-size", 3)
+    status, text, _ = run(capsys, "eval", folder, *options, "--samples", 2, "--json")
+    facts = json.loads(text)["tasks"][0]
+    made = read_task(f"jsonl:{task}", limit=8)
+    model, words = load(folder), load_tokenizer(str(folder))
+    alone = evaluate_task(model, words, made, max_new_tokens=6, quiet=True)
+    assert status == 0
+    assert facts["metrics"] == facts["dense"]["metrics"]
+    assert facts["metrics"][0]["value"] == alone.accuracy
+    assert sum(facts["failures"].values()) == 8 - sum(alone.correct)
+    assert [sample["completion"] for sample in facts["samples"]] == [
+        generation.text for generation in alone.generations[:2]
+    ]
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "words.baseline.jsonl",
+        "words.model.jsonl",
+    ]
+    status, text, _ = run(capsys, "eval", folder, *options)
+    assert status == 0
+    assert "Tasks" in text
+    assert text.count(f"{alone.accuracy:.4f}") >= 2
+
+
 @pytest.mark.parametrize(
     ("options", "criterion"),
     [((), "reconstruction_fisher"), (("--compensate", "none"), "wanda")],
@@ -441,6 +473,11 @@ def test_help_teaches_by_example(capsys):
         ("calibrate MODEL --target CORPUS -o STRANGERS", "is a folder; give the name of a file"),
         ("eval MODEL", "needs --data FILE"),
         ("eval MODEL --data none.jsonl", "no such file"),
+        ("eval MODEL --task humaneval", "pass --allow-code-execution"),
+        ("eval MODEL --task gsm9k", "task: got 'gsm9k'; expected one of gsm8k:FILE, humaneval"),
+        ("eval MODEL --task jsonl:none.jsonl", "none.jsonl: no such file"),
+        ("eval MODEL --task arithmetic --batch-size 0", "--batch-size: got 0; expected at least 1"),
+        ("eval MODEL --task arithmetic --limit -1", "limit: got -1; expected"),
         ("bench MODEL --batch one", "expected numbers such as 1,8"),
         ("inspect none", "no such file or folder"),
         ("inspect CORPUS", "is no whole safetensors file"),

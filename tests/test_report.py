@@ -27,7 +27,32 @@ def test_plots_name_their_lines_axes_and_units():
             assert f">{text}<" in svg
     assert ">MLP neurons removed<" in by_sparsity
     assert ">decode speed, batch 1 (tokens/s, measured)<" in by_speed
-    assert len(re.findall(r">(20|50)%<", by_speed)) == 3
+    assert sorted(re.findall(r">(20|50)%<", by_speed)) == ["20", "50"]  # once a speed
+
+
+def places(svg, pattern):
+    """Where the texts that match stand: (x, y, characters)."""
+    found = re.finditer(rf'x="([\d.]+)" y="([\d.]+)"[^>]*>({pattern})<', svg)
+    return [(float(m[1]), float(m[2]), len(m[3])) for m in found]
+
+
+def test_no_two_marks_touch_however_close_their_speeds():
+    speeds = (40.0, 40.3, 40.6, 44.0, 44.1, 60.0)
+    points = [Point(0.1 + 0.1 * i, 1.2, speed) for i, speed in enumerate(speeds)]
+    marks = places(loss_by_speed({"ours": points}, DENSE), r"\d0%")
+    assert len(marks) == 6
+    for i, (x, y, n) in enumerate(marks):
+        for other_x, other_y, m in marks[:i]:
+            apart = abs(x - other_x) > 0.3 * 8 * (n + m) or abs(y - other_y) >= 9
+            assert apart, (x, y, other_x, other_y)
+
+
+def test_plots_take_their_colours_from_the_page():
+    svg = loss_by_sparsity(LINES, DENSE)
+    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg))
+    fixed = {c for c in colours if not re.match(r"none|currentColor|var\(--", c)}
+    assert not fixed
+    assert "var(--series-0, #0072b2)" in colours
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path):

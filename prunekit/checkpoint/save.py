@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def save(
     path: str | Path,
     *,
     results: dict[str, Any] | None = None,
+    beside: str | Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write model, tokenizer, plan, ``prunekit.json`` and model card; the folder appears whole.
@@ -36,6 +38,7 @@ def save(
         tokenizer: saved beside it; None saves none.
         path: the folder to write.
         results: measurements to record, such as `evaluate`'s.
+        beside: a folder whose files are put beside the model's.
         force: replace a folder that is not empty.
 
     Returns:
@@ -56,6 +59,8 @@ def save(
                 tokenizer.save_pretrained(folder)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        if beside is not None:
+            shutil.copytree(beside, folder, dirs_exist_ok=True)
         hashes = {entry.name: entry.sha256() for entry in Shards(folder)}
         finish(folder, model, hashes=hashes, results=results)
     return Path(path)
@@ -121,7 +126,7 @@ def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:
     calibration = facts.get("calibration")
     record: dict[str, Any] = {
         "format": 1,
-        "model": getattr(model.config, "_name_or_path", ""),
+        "model": facts.get("model") or getattr(model.config, "_name_or_path", ""),
         "model_type": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -138,7 +143,30 @@ def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:
             "stats": facts["stats"],
             "calibration": calibration,
         }
+    if "recovery" in facts:
+        record["recovery"] = facts["recovery"]
     return record | {"results": results}
+
+
+def remember(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Give a model that was loaded from a folder what the folder records of its pruning.
+
+    So that what is saved after more work on it tells of both. A folder that prunekit did not write,
+    or anything else that a model is loaded from, records nothing.
+
+    Raises:
+        InputError: the record or the plan is broken.
+    """
+    if not (Path(folder) / RECORD).is_file():
+        return model
+    record = read_record(folder)
+    facts: dict[str, Any] = {"model": record["model"]}
+    if (Path(folder) / PLAN).is_file():
+        facts |= {name: record[name] for name in ("stats", "calibration")}
+        facts |= {k: record["recipe"][k] for k in _REPAIR if k in record["recipe"]}
+        facts["plan"] = PrunePlan.load(Path(folder) / PLAN)
+    model.prunekit = facts
+    return model
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -13,7 +13,20 @@ from prunekit.cli.parser import Parser, add_options, to_config
 from prunekit.errors import CheckError, InputError
 from prunekit.ops.registry import BackendError
 
-VERBS = ("demo", "calibrate", "prune", "search", "export", "eval", "bench", "inspect", "env")
+VERBS = (
+    "demo",
+    "calibrate",
+    "prune",
+    "search",
+    "recover",
+    "export",
+    "eval",
+    "bench",
+    "sweep",
+    "report",
+    "inspect",
+    "env",
+)
 
 _INTRO = """prunekit removes the MLP neurons that a task does not need, repairs what the
 removal broke, and proves what it won.

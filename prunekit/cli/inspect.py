@@ -109,6 +109,10 @@ def _folder(path: Path, output: Output, verified: int | None) -> int:
         rows += _facts({k: v for k, v in record["recipe"].items() if k != "fingerprint"})
     if verified is not None:
         rows.append(("verified", f"{verified} tensors are what was written"))
+    if recovery := record.get("recovery"):
+        loss = recovery["loss"]
+        what = f"{recovery['settings']['method']}, {recovery['steps']} steps"
+        rows.append(("recovery", f"{what}: loss {loss['before']:.4f} → {loss['after']:.4f}"))
     output.table(f"model {path}", ("", "value"), rows)
     output.json({"kind": "model", "verified": verified, **record})
     return 0

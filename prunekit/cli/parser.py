@@ -8,7 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args, get_type_hints
 
-_TYPES: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str}
+_TYPES: dict[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    str: str,
+    int | None: int,  # None: not given
+    float | None: float,
+}
 
 
 class Parser(argparse.ArgumentParser):

