@@ -96,7 +96,7 @@ def prune(
     model.prunekit = _record(plan, stats, compensate)
     if teacher is not None:
         taken = distill(model, views, teacher, minutes=minutes, steps=steps, quiet=quiet)
-        model.prunekit["distill_steps"] = taken
+        model.prunekit |= {"distill_steps": taken.steps, "distill_share": taken.share}
     return model
 
 

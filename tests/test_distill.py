@@ -2,12 +2,14 @@
 
 import copy
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import prunekit as pk
+from prunekit.arch import find_mlps
 from prunekit.batching import Tokens, batches
 from prunekit.compensate import Teacher
 from prunekit.errors import InputError
@@ -156,3 +158,65 @@ def test_gradients_that_are_not_finite_are_one_line(llama, tokenizer, texts, mon
     with pytest.raises(InputError, match="got gradients with NaN or Inf"):
         pk.prune(llama, plan, stats=stats, compensate="distill", steps=1)
     assert all(p.grad is None for p in llama.parameters())
+
+
+def test_training_that_helps_no_prompt_left_apart_is_taken_back(tokenizer, texts, monkeypatch):
+    """A rate that ruins the model ends with the repair that it began from, bit for bit."""
+    module = importlib.import_module("prunekit.compensate.distill")
+    monkeypatch.setattr(module, "LEARNING_RATE", 1.0)
+    dense = tiny_model("llama")
+    stats, plan = calibrated(dense, tokenizer, texts)
+    repaired, distilled = copy.deepcopy(dense), copy.deepcopy(dense)
+    pk.prune(repaired, plan, stats=stats, compensate="sequential")
+    pk.prune(distilled, plan, stats=stats, compensate="distill", steps=8)
+    assert distilled.prunekit["distill_share"] == 0
+    for a, b in zip(distilled.parameters(), repaired.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_share_kept_is_the_best_of_all_for_the_prompts_left_apart(
+    tokenizer, many_texts, monkeypatch
+):
+    module = importlib.import_module("prunekit.compensate.distill")
+    seen = {}
+    place = module._place
+
+    def watched(weights, start, end, share):
+        place(weights, start, end, share)
+        seen.setdefault(share, [weight.clone() for weight in weights])
+
+    monkeypatch.setattr(module, "_place", watched)
+    model = tiny_model("llama")
+    dense = copy.deepcopy(model)
+    stats, plan = calibrated(model, tokenizer, many_texts[:80])
+    pk.prune(model, plan, stats=stats, compensate="distill", steps=20)
+    apart = stats.prompts[module.APART // 2 :: module.APART]
+    teacher = Teacher(dense, apart, quiet=True)
+    weights = module.decoder_matrices(model, find_mlps(model))
+
+    @torch.no_grad()
+    def loss(values):
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
+        return sum(teacher.divergence(model, b).item() for b in batches(apart, 256))
+
+    kept = model.prunekit["distill_share"]
+    losses = {share: loss(values) for share, values in seen.items()}
+    assert set(losses) == set(module.SHARES)
+    assert min(losses, key=losses.get) == kept > 0
+
+
+def test_a_token_counts_as_much_as_its_prompt_weighs(llama, tokenizer, texts):
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    encoded = [Tokens(tuple(tokenizer(text).input_ids)) for text in texts[:6]]
+    prompts = [replace(p, weight=w) for p, w in zip(encoded, (1, 0.25, 0, 1, 0.25, 0), strict=True)]
+    (whole,) = batches(prompts, 10_000)
+    teacher, plain = Teacher(llama, prompts, quiet=True), Teacher(llama, encoded, quiet=True)
+    with torch.no_grad():
+        got = teacher.divergence(other, whole).item()
+        each = [plain.divergence(other, next(batches([p], 10_000))).item() for p in encoded]
+    want = sum(p.weight * e for p, e in zip(prompts, each, strict=True))
+    assert got == pytest.approx(want, rel=1e-4)

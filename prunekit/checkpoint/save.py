@@ -19,7 +19,7 @@ from prunekit.plan import PrunePlan
 RECORD = "prunekit.json"
 PLAN = "plan.safetensors"
 CARD = "README.md"
-_REPAIR = ("compensate", "distill_steps")  # of the recipe, recorded by `prune`
+_REPAIR = ("compensate", "distill_steps", "distill_share")  # of the recipe, recorded by `prune`
 
 
 def save(

@@ -33,6 +33,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, prompts: Sequence[Tokens], *, quiet: bool = False):
         self.prompts = list(prompts)
+        self._weights = {prompt.ids: prompt.weight for prompt in prompts}
         self._said: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         was_training = model.training
         model.eval()
@@ -59,7 +60,9 @@ class Teacher:
             self._said[tuple(ids[:length])] = tuple(said)
 
     def divergence(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """KL(dense ‖ model) summed over a batch's tokens, the tokens beyond ``TOP`` as one.
+        """KL(dense ‖ model) summed over a batch's tokens, each as much as its prompt weighs.
+
+        The next tokens beyond ``TOP`` are taken as one.
 
         Args:
             model: what imitates; gradients flow through it where they are enabled.
@@ -68,12 +71,17 @@ class Teacher:
         Returns:
             A scalar, fp32.
         """
-        rows = zip(batch.ids.tolist(), batch.lengths, strict=True)
+        rows = list(zip(batch.ids.tolist(), batch.lengths, strict=True))
+        lengths = torch.tensor(batch.lengths)
         said = [self._said[tuple(ids[:length])] for ids, length in rows]
         logits = counted_logits(model, batch)
         dense = torch.cat([top for top, _ in said]).to(logits.device, torch.float32)
         index = torch.cat([index for _, index in said]).to(logits.device, torch.int64)
-        return divergence(logits, dense, index)
+        found = divergence(logits, dense, index)
+        counts = [self._weights[tuple(ids[:length])] for ids, length in rows]
+        if set(counts) == {1.0}:
+            return found.sum()
+        return (found * torch.tensor(counts).repeat_interleave(lengths).to(found)).sum()
 
 
 def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +92,7 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def divergence(logits: torch.Tensor, dense: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """KL(dense ‖ model) summed over tokens, a scalar in fp32.
+    """KL(dense ‖ model) of each token: [T], fp32.
 
     Args:
         logits: what the model says: [T, V].
@@ -95,7 +103,7 @@ def divergence(logits: torch.Tensor, dense: torch.Tensor, index: torch.Tensor) -
     likely = dense.exp()
     other = (1 - likely.sum(-1)).clamp_min(FLOOR)
     student_other = (1 - student.exp().sum(-1)).clamp_min(FLOOR)
-    return (likely * (dense - student)).sum() + (other * (other / student_other).log()).sum()
+    return (likely * (dense - student)).sum(-1) + other * (other / student_other).log()
 
 
 def counted_logits(model: nn.Module, batch: Batch) -> torch.Tensor:

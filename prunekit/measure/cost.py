@@ -283,7 +283,7 @@ def _distill(shape, rates, work: Work, widths: Sequence[int], base: float) -> Ph
     weights = shape.decoder - gone
     step = 6 * BATCH_TOKENS * (weights + shape.head)
     steps = work.steps or 60 * work.minutes * rates.products / step
-    held = 16 * weights + BATCH_TOKENS * (shape.kept + 16 * shape.vocabulary)
+    held = 20 * weights + BATCH_TOKENS * (shape.kept + 16 * shape.vocabulary)
     flops = steps * step
     return Phase("distill", flops, flops / rates.products, base + _SLACK * held)
 

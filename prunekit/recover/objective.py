@@ -55,7 +55,7 @@ class Imitation:
         logits, hidden, _ = _labelled(model, ids, labels, **options)
         total = logits.new_zeros((), dtype=torch.float32)
         if self.settings.logits_weight:
-            total = total + self.settings.logits_weight * divergence(logits, *likeliest(said))
+            total = total + self.settings.logits_weight * divergence(logits, *likeliest(said)).sum()
         if self._reads_hidden:
             pairs = zip(hidden, dense_hidden, strict=True)
             errors = [_relative_error(mine, theirs) for mine, theirs in pairs]
