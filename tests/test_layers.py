@@ -107,4 +107,5 @@ def test_every_package_is_installed():
         re.findall(r'^    "(prunekit[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M)
     )
     packages = {p.parent.relative_to(ROOT) for p in (ROOT / "prunekit").rglob("__init__.py")}
-    assert listed == {".".join(p.parts) for p in packages} | {"prunekit_kernels"}
+    data = {"prunekit.protocols"}  # YAML alone
+    assert listed == {".".join(p.parts) for p in packages} | data | {"prunekit_kernels"}

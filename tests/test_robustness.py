@@ -139,7 +139,7 @@ def test_a_repair_that_is_not_finite_changes_no_weight(value, tokenizer, texts, 
     stats = pk.calibrate(model, tokenizer, texts, gram=True, quiet=True)
     plan = pk.plan(pk.score(stats, model, "wanda"), 0.34, multiple_of=8)
     broken = [None, Repair(torch.full((32, 64), value, dtype=torch.float64))]
-    monkeypatch.setattr(compact, "_repairs", lambda *_: broken)
+    monkeypatch.setattr(compact, "sequential", lambda *_, **__: broken)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(InputError, match=r"layers\.1\.mlp: its repaired .* not finite in float16"):
         pk.prune(model, plan, stats=stats)
