@@ -7,6 +7,7 @@ computes something else is an error and not a wrong result.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,6 +146,12 @@ def text_config(model: nn.Module):
     """The configuration of the language model (multimodal models nest it)."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """By what name a model's forward takes and returns its cache: transformers renamed it."""
+    accepted = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
 
 
 def layer_config(config, layer: int):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from prunekit.arch import cache_keyword
+
 
 def _synchronise(model: nn.Module) -> None:
     if model.device.type == "cuda":
@@ -39,14 +41,15 @@ def decode_case(model: nn.Module, batch: int, prompt: int, generate: int) -> Cal
     """
     with torch.inference_mode():
         out = model(input_ids=_tokens(model, batch, prompt), use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
+    name = cache_keyword(model)
+    cache = out[name]
     first = out.logits[:, -1:].argmax(-1)
 
     @torch.inference_mode()
     def run() -> None:
         token = first
         for _ in range(generate):
-            step = model(input_ids=token, past_key_values=cache, use_cache=True)
+            step = model(input_ids=token, use_cache=True, **{name: cache})
             token = step.logits[:, -1:].argmax(-1)
         _synchronise(model)
         cache.crop(-generate)  # negative: so many tokens fewer

@@ -9,7 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from prunekit.experiment.analysis import COLLAPSED, TARGET, Pooled, Run, Way, collapsed, curve
+from prunekit.experiment.analysis import (
+    COLLAPSED,
+    TARGET,
+    Pooled,
+    Run,
+    Way,
+    collapsed,
+    curve,
+    tolerated,
+)
 from prunekit.experiment.knee import fitted_knee
 from prunekit.experiment.statistics import Interval
 from prunekit.report.plots import loss_axis
@@ -107,8 +116,10 @@ def _lines(
         broken = [k for k, (p, _) in enumerate(known, 1) if collapsed(p, run.dense, task)]
         hollow = {"markerfacecolor": PAPER, "linestyle": "none"}
         axes.plot(x[broken], y[broken], color=colour, marker=marker, **hollow)
+        if way.strategy != "selective" or tolerated(run, points, task)[1] is None:
+            continue  # a curve that stays within what is tolerated has no knee worth a line
         bend = fitted_knee(curve(run, points, task), falls=task is not None)
-        if way.strategy == "selective" and bend is not None:
+        if bend is not None:
             text = f"knee {100 * bend.at:.0f} %: {way.label}"
             axes.axvline(bend.at, color=colour, linestyle=":", linewidth=1.3, label=text)
 
@@ -182,9 +193,10 @@ def recovery(run: Run, task: str | None) -> str:
         names = [f"{way.label}, {100 * p.sparsity:.0f} %" for way, p, _ in reversed(rows)]
         axes.set_yticks(range(len(rows)), names, fontsize=9)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel(
-            f"accuracy on {task} (% of problems)" if task else "held-out loss (nats/token)"
-        )
+        axes.set_xlabel("held-out loss (nats/token)")
+        if task:
+            axes.set_xlabel(f"accuracy on {task} (% of problems)")
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / len(rows) - 0.12), ncols=3)
         return svg(figure)
 

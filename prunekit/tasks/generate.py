@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.arch import cache_keyword
 from prunekit.errors import InputError
 
 # Tokens of the prompt that are decoded with the new ones: some tokenizers trim a text's start.
@@ -112,7 +113,7 @@ def generate_batch(
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     accepted = inspect.signature(model.forward).parameters
-    past = "cache" if "cache" in accepted else "past_key_values"  # as transformers called it before
+    past = cache_keyword(model)
     options = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
     found: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
