@@ -1,5 +1,6 @@
 """MLPs that differ in width by layer: saved, loaded by prunekit and by transformers, and used."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -39,11 +40,13 @@ def test_a_checkpoint_is_reloaded_and_saved_again_bit_for_bit(name, tmp_path):
     again = pk.load(tmp_path / "once")
     assert [view.width for view in find_mlps(again)] == widths
     assert torch.equal(logits(again), logits(model))
+    ids = torch.tensor([[5, 6, 7]])
+    mine, theirs = (m(ids, output_hidden_states=True).hidden_states for m in (again, model))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     again.save_pretrained(tmp_path / "twice")
     install()
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "twice").eval()
     assert torch.equal(logits(third), logits(model))
-    ids = torch.tensor([[5, 6, 7]])
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(third.generate(ids, **options), model.generate(ids, **options))
 
@@ -52,9 +55,13 @@ def test_every_family_is_tried_or_known_to_transformers():
     tried = {tiny_model(name).config.model_type for name in LOADABLE}
     assert tried <= set(DECODER_LAYERS)
     install()
-    from transformers.monkey_patching import get_patch_mapping
-
-    assert set(DECODER_LAYERS.values()) <= set(get_patch_mapping())
+    for model_type, name in DECODER_LAYERS.items():
+        family = model_type.removesuffix("_text")
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        once = getattr(module, name).__init__
+        assert once._built_by_layer
+        install([model_type])
+        assert getattr(module, name).__init__ is once
 
 
 def test_models_of_one_width_are_built_as_before():
