@@ -59,7 +59,7 @@ def test_distillation_goes_on_where_the_repair_ends(name, dtype, tokenizer, many
     pk.prune(repaired, plan, stats=stats, compensate="sequential")
     pk.prune(distilled, plan, stats=stats, compensate="distill", steps=150)
     before = full_divergence(dense, repaired, tokenizer, held_out)
-    assert full_divergence(dense, distilled, tokenizer, held_out) < 0.9 * before
+    assert full_divergence(dense, distilled, tokenizer, held_out) < 0.95 * before
     assert distilled.prunekit["distill_steps"] == 150
 
 
