@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _arguments(settings: Settings, folder: Path | None, save_every: int) -> Trai
     on_gpu = torch.cuda.is_available()
     wanted = settings.dtype == "bf16" or (settings.dtype == "auto" and has_bf16())
     arguments = TrainingArguments(
-        output_dir=str(folder or "unused"),
+        output_dir=str(folder or tempfile.gettempdir()),  # made, even if nothing is written
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulation,
         num_train_epochs=settings.epochs,
