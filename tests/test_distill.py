@@ -18,10 +18,10 @@ from tests.models import tiny_model
 
 @pytest.fixture
 def many_texts():
-    """160 prompts of 24 words from a Markov chain: half to calibrate, half held out."""
+    """240 prompts of 24 words from a Markov chain: two thirds to calibrate, the others held out."""
     generator = torch.Generator().manual_seed(5)
     chain = torch.randn(90, 90, generator=generator).mul(2).softmax(-1)
-    words = torch.randint(0, 90, (160, 1), generator=generator)
+    words = torch.randint(0, 90, (240, 1), generator=generator)
     for _ in range(23):
         following = torch.multinomial(chain[words[:, -1]], 1, generator=generator)
         words = torch.cat([words, following], dim=1)
@@ -52,14 +52,14 @@ def full_divergence(dense, model, tokenizer, texts):
     ],
 )
 def test_distillation_goes_on_where_the_repair_ends(name, dtype, tokenizer, many_texts):
-    learnt, held_out = many_texts[:80], many_texts[80:]
+    learnt, held_out = many_texts[:160], many_texts[160:]
     dense = tiny_model(name).to(dtype)
     stats, plan = calibrated(dense, tokenizer, learnt)
     repaired, distilled = copy.deepcopy(dense), copy.deepcopy(dense)
     pk.prune(repaired, plan, stats=stats, compensate="sequential")
     pk.prune(distilled, plan, stats=stats, compensate="distill", steps=150)
     before = full_divergence(dense, repaired, tokenizer, held_out)
-    assert full_divergence(dense, distilled, tokenizer, held_out) < 0.95 * before
+    assert full_divergence(dense, distilled, tokenizer, held_out) < 0.9 * before
     assert distilled.prunekit["distill_steps"] == 150
 
 

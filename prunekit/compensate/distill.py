@@ -138,11 +138,11 @@ def _settle(model, weights, start, end, teacher: Teacher, apart: Sequence[Tokens
     """Put the weights where, between start and end, the prompts left apart like them best."""
     if not apart:
         return SHARES[0]
-    end = [master.clone() for master in end]  # of fp32 weights it is what is written to
-    found = {}
+    pairs = zip(weights, end, strict=True)  # an fp32 weight is its own master: what is written to
+    end = [m.clone() if m.data_ptr() == w.data_ptr() else m for w, m in pairs]
+    parts, found = list(batches(apart, BATCH_TOKENS)), {}
     for share in SHARES:
         _place(weights, start, end, share)
-        parts = batches(apart, BATCH_TOKENS)
         found[share] = sum(teacher.divergence(model, batch).item() for batch in parts)
     best = min(found, key=found.__getitem__)
     _place(weights, start, end, best)
