@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import sysconfig
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from prunekit import files
 from prunekit.calibrate import calibrate
 from prunekit.corpus import Corpus, from_texts
 from prunekit.evaluate import evaluate_loss
+from prunekit.experiment.trained import cache_folder
 from prunekit.experiment.variants import Variant, run_variants
 from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.tasks.embedded import word_problems
@@ -198,8 +198,7 @@ def beaten_by(rises: dict[str, dict[float, float]]) -> list[str]:
 def main() -> int:
     """Train where needed, prune in every way, print the table; 1 where a rival wins."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    parser.add_argument("--cache", type=Path, default=home / "prunekit")
+    parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--out", type=Path, default=Path("second-architecture.md"))
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))

@@ -148,6 +148,18 @@ def text_config(model: nn.Module):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def parameter_names(model: nn.Module) -> dict[tuple[int, str], str]:
+    """Every parameter's name by where it hangs: its module's id, and the attribute.
+
+    Not by what it is: pruning puts other parameters in its place.
+    """
+    return {
+        (id(module), attribute): f"{name}.{attribute}"
+        for name, module in model.named_modules()
+        for attribute, _ in module.named_parameters(recurse=False)
+    }
+
+
 def cache_keyword(model: nn.Module) -> str:
     """By what name a model's forward takes and returns its cache: transformers renamed it."""
     accepted = inspect.signature(model.forward).parameters

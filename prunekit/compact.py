@@ -18,6 +18,7 @@ from prunekit.compensate import (
     check_budget,
     check_method,
     check_prompts,
+    check_statistics,
     default_method,
     distill,
     repair,
@@ -73,12 +74,9 @@ def prune(
     if compensate is None:
         compensate = default_method(stats)
     check_method(compensate)
-    if compensate != "none":
-        if stats is None:
-            raise InputError(f"compensate {compensate}: needs statistics; pass stats or a target")
-        stats.check_model(views)
-        if compensate == "bias":
-            _check_bias_slot(model, views)
+    check_statistics(compensate, views, stats)
+    if compensate == "bias":
+        _check_bias_slot(model, views)
     teacher = None
     if compensate == "distill":
         check_budget(minutes, steps)
@@ -128,11 +126,11 @@ def repairs(
     else:
         triples = zip(views, stats.target, plan.kept, strict=True)
         fixes = [repair(view, sums, kept, method) for view, sums, kept in triples]
-    _check_repairs(views, fixes)
+    check_repairs(views, fixes)
     return fixes
 
 
-def _check_repairs(views: list[MLPView], fixes: list[Repair | None]) -> None:
+def check_repairs(views: list[MLPView], fixes: list[Repair | None]) -> None:
     """No model is written whose repaired weights its own dtype cannot hold."""
     for view, fix in zip(views, fixes, strict=True):
         if fix is None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from prunekit import files
-from prunekit.arch import MLPView, Slot, find_mlps
+from prunekit.arch import MLPView, Slot, find_mlps, parameter_names
 from prunekit.checkpoint.shards import DTYPES, Entry, read_shard
 from prunekit.checkpoint.writer import write_shard
 from prunekit.compact import repairs
@@ -221,7 +221,7 @@ def save_nested(
     for chosen in plans:
         chosen.check_model(views)
     fixes = [repairs(model, views, p, stats, compensate, quiet=quiet) for p in plans]
-    names = _parameter_names(model)
+    names = parameter_names(model)
     with files.replacing_folder(path, force=force) as folder:
         model.config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
@@ -238,18 +238,11 @@ def save_nested(
             "recipe": {"compensate": compensate, "multiple_of": multiple_of, **(recipe or {})},
         }
         every = list(_tensors(model, views, orders, facts, fixes))
-        planned = [(n, _NAMES[t.dtype], tuple(t.shape)) for n, t in every]
+        planned = [(name, _NAMES[t.dtype], tuple(t.shape)) for name, t, _ in every]
+        contents = (t if order is None else t[order.to(t.device).long()] for _, t, order in every)
         metadata = {"format": "pt", "prunekit": json.dumps(facts)}
-        write_shard(folder / NESTED, planned, (t for _, t in every), metadata)
+        write_shard(folder / NESTED, planned, contents, metadata)
     return Path(path)
-
-
-def _parameter_names(model: nn.Module) -> dict[tuple[int, str], str]:
-    return {
-        (id(module), attribute): f"{name}.{attribute}"
-        for name, module in model.named_modules()
-        for attribute, _ in module.named_parameters(recurse=False)
-    }
 
 
 def _slots(view: MLPView, names: dict[tuple[int, str], str]) -> list[dict[str, Any]]:
@@ -273,23 +266,23 @@ def _tensors(
     orders: list[torch.Tensor],
     facts: dict[str, Any],
     fixes: list[list[Repair | None]],
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Name and value of each tensor, and the order its rows are to be written in: no copies."""
     inside = {slot["name"] for slots in facts["slots"] for slot in slots}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, tensor in model.state_dict().items():
         if name not in inside and name not in tied:
-            yield name, tensor
+            yield name, tensor, None
     for i, (view, order) in enumerate(zip(views, orders, strict=True)):
-        yield f"order.{i}", order
+        yield f"order.{i}", order, None
         for said in facts["slots"][i]:
             slot: Slot = view.slots[said["role"]]
-            rows = slot.read(view.width)
-            rows = rows if slot.axis == 0 else rows.T
-            yield said["stored"], rows.detach()[order.to(rows.device).long()]
+            rows = slot.read(view.width).detach()
+            yield said["stored"], rows if slot.axis == 0 else rows.T, order
     for a, many in enumerate(fixes):
         for i, (view, fix) in enumerate(zip(views, many, strict=True)):
             if fix is None:
                 continue
-            yield f"repair.{a}.{i}.down", fix.down.T.to(view.down.dtype)
+            yield f"repair.{a}.{i}.down", fix.down.T.to(view.down.dtype), None
             if fix.bias is not None:
-                yield f"repair.{a}.{i}.bias", fix.bias.to(view.down.dtype)
+                yield f"repair.{a}.{i}.bias", fix.bias.to(view.down.dtype), None

@@ -69,16 +69,23 @@ class Entry:
 
     def sha256(self) -> str:
         """The hash of its bytes, read some at a time."""
-        found, left = hashlib.sha256(), self.size
+        found = hashlib.sha256()
+        for chunk in self.chunks():
+            found.update(chunk)
+        return found.hexdigest()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes, at most ``CHUNK`` at a time; each is overwritten by the next but one."""
+        buffers = [memoryview(bytearray(min(CHUNK, self.size))) for _ in range(2)]
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
+            left, turn = self.size, 0
             while left:
-                chunk = file.read(min(left, CHUNK))
-                if not chunk:
+                count = file.readinto(buffers[turn][: min(left, CHUNK)])
+                if not count:
                     raise InputError(f"{self.path}: {self.name} is cut short")
-                found.update(chunk)
-                left -= len(chunk)
-        return found.hexdigest()
+                yield buffers[turn][:count]
+                left, turn = left - count, 1 - turn
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from prunekit import files
-from prunekit.arch import MLPView, Slot, all_finite, find_mlps
+from prunekit.arch import MLPView, Slot, all_finite, find_mlps, parameter_names
 from prunekit.checkpoint.save import CARD, PLAN, RECORD, finish
 from prunekit.checkpoint.shards import INDEX, Entry, Shard, Shards, read_shard
 from prunekit.checkpoint.writer import write_shard
-from prunekit.compact import gathered, prune
-from prunekit.compensate import check_method, repair
+from prunekit.compact import check_repairs, gathered, prune
+from prunekit.compensate import check_method, check_statistics, repair
 from prunekit.criteria.registry import score_views
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
@@ -46,12 +46,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path, shape: nn.Module):
         self.shards, self.shape = Shards(folder), shape
         self.views = find_mlps(shape, verify=False)
-        # By where they hang and not by what they are: pruning the shape replaces them.
-        self._names = {
-            (id(module), attribute): f"{name}.{attribute}"
-            for name, module in shape.named_modules()
-            for attribute, _ in module.named_parameters(recurse=False)
-        }
+        self._names = parameter_names(shape)
         for view in self.views:
             for slot in view.slots.values():
                 entry, expected = self.entry(slot), tuple(slot.parameter.shape)
@@ -149,12 +144,9 @@ def stream_prune(
     """
     check_streamed(compensate)
     plan.check_model(checkpoint.views)
-    if compensate != "none":
-        if stats is None:
-            raise InputError(f"compensate {compensate}: needs statistics; pass stats")
-        stats.check_model(checkpoint.views)
+    check_statistics(compensate, checkpoint.views, stats)
     work = _Work(checkpoint, plan, stats, compensate)
-    prune(checkpoint.shape, plan, compensate="none")  # the configuration, and the new shapes
+    prune(checkpoint.shape, plan, compensate="none")  # for the configuration and the record
     shape, shards = checkpoint.shape, checkpoint.shards
     shape.prunekit |= {"compensate": compensate, "stats": stats.hash if stats else None}
     shape.prunekit["calibration"] = stats.provenance if stats else None
@@ -225,6 +217,7 @@ class _Work:
         if i not in self._solved:
             read, sums = self.checkpoint.read(view), self.stats.target[i]
             self._solved[i] = repair(read, sums, self.plan.kept[i], self.method)
+            check_repairs([read], [self._solved[i]])
         # It is as large as the weights: kept no longer than until its bias has come by too.
         fix = self._solved[i] if view.down_bias is not None else self._solved.pop(i)
         if fix is None:
@@ -234,14 +227,8 @@ class _Work:
         else:
             into = new if slot.expert is None else new[slot.expert]
             value = fix.down if slot.axis == 1 else fix.down.T
-        if value is None:
-            return
-        into.copy_(value)
-        if not all_finite(into):
-            raise InputError(
-                f"{view.name}: its repaired down projection is not finite in {entry.dtype}; use "
-                "--compensate none"
-            )
+        if value is not None:
+            into.copy_(value)
 
 
 def _write(shard: Shard, folder: Path, work: _Work, advance: Callable) -> dict[str, str]:

@@ -73,16 +73,7 @@ def _chunks(content: torch.Tensor | Entry) -> Iterator[memoryview]:
             whole = memoryview(flat.numpy())
             yield from (whole[i : i + CHUNK] for i in range(0, len(whole), CHUNK))
         return
-    buffers = [memoryview(bytearray(min(CHUNK, content.size))) for _ in range(2)]
-    with content.path.open("rb", buffering=0) as file:
-        file.seek(content.start)
-        left, turn = content.size, 0
-        while left:
-            count = file.readinto(buffers[turn][: min(left, CHUNK)])
-            if not count:
-                raise InputError(f"{content.path}: {content.name} is cut short")
-            yield buffers[turn][:count]
-            left, turn = left - count, 1 - turn
+    yield from content.chunks()
 
 
 def _copy(file, chunks: Iterator[memoryview], size: int, name: str, hasher) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from prunekit.arch import find_mlps, fingerprint
 from prunekit.checkpoint import save, weight_bytes
 from prunekit.checkpoint.nested import NESTED, save_nested
@@ -56,8 +54,7 @@ def _nested(config: ExportConfig, output: Output) -> int:
     method = config.compensate or (default_method(stats) if config.anchor else "none")
     model, tokenizer = load(config.model, dtype=config.dtype), load_tokenizer(config.model)
     criterion = resolved(config.criterion, stats, repaired=method != "none")
-    with torch.no_grad():
-        scores = score(stats, model, criterion)
+    scores = score(stats, model, criterion)
     recipe = {"criterion": criterion, "stats": stats.hash}
     recipe["fingerprint"] = fingerprint(find_mlps(model, verify=False))
     folder = save_nested(

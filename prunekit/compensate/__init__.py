@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prunekit.arch import MLPView
-from prunekit.compensate.base import Repair, check_prompts
+from prunekit.compensate.base import Repair, check_prompts, check_statistics
 from prunekit.compensate.bias import bias
 from prunekit.compensate.distill import MINUTES, check_budget, distill
 from prunekit.compensate.lstsq import RIDGE, lstsq
@@ -23,6 +23,7 @@ __all__ = [
     "check_budget",
     "check_method",
     "check_prompts",
+    "check_statistics",
     "default_method",
     "distill",
     "repair",

@@ -20,6 +20,15 @@ class Repair:
     bias: torch.Tensor | None = None
 
 
+def check_statistics(method: str, views: Sequence[MLPView], stats: NeuronStats | None) -> None:
+    """Raise InputError unless a repair has statistics, and of this model."""
+    if method == "none":
+        return
+    if stats is None:
+        raise InputError(f"compensate {method}: needs statistics; pass stats or a target")
+    stats.check_model(views)
+
+
 def check_prompts(method: str, views: Sequence[MLPView], stats: NeuronStats) -> None:
     """Raise InputError unless a method can run the model over the calibration's prompts again."""
     if stats.prompts is None:
