@@ -15,6 +15,7 @@ from torch import nn
 from prunekit.batching import Batch, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
+from prunekit.ops.linear import quick_linears
 from prunekit.progress import progress_bar
 
 
@@ -66,6 +67,7 @@ def _prompt_losses(model: nn.Module, batch: Batch) -> list[tuple[float, int]]:
     return found
 
 
+@quick_linears()
 def evaluate_loss(
     model: nn.Module,
     tokenizer: Any,
@@ -112,6 +114,7 @@ def evaluate_loss(
     return Loss(corpus.name, mean, spread / tokens, tokens, len(pairs))
 
 
+@quick_linears()
 @torch.inference_mode()
 def generate_samples(
     model: nn.Module,

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from prunekit.arch import MLPView, blocks
 from prunekit.nn import is_bare
+from prunekit.ops.linear import linear
 
 # tap(view index, gate [T, F], up [T, F] or None, rows [T] or None) -> h [T, F]
 # rows: which token of the batch each row is, ascending; None where row t is token t.
@@ -66,9 +66,9 @@ def _experts_forward(views: list[MLPView], indices: list[int], tap: Tap):
         for index in indices:
             e = views[index].expert
             rows, choice = torch.where(chosen == e)
-            gate, up = F.linear(x[rows], experts.gate_up_proj[e]).chunk(2, dim=-1)
+            gate, up = linear(x[rows], experts.gate_up_proj[e]).chunk(2, dim=-1)
             h = tap(index, gate, up, rows)
-            part = F.linear(h, experts.down_proj[e]) * weights[rows, choice, None]
+            part = linear(h, experts.down_proj[e]) * weights[rows, choice, None]
             y.index_add_(0, rows, part.to(y.dtype))
         return y
 

@@ -20,6 +20,7 @@ from prunekit.backward import padded, training_only
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.compensate.teacher import Teacher
 from prunekit.errors import InputError
+from prunekit.ops.linear import quick_linears
 from prunekit.progress import progress_bar
 
 MINUTES = 10.0
@@ -50,6 +51,7 @@ def check_budget(minutes: float, steps: int | None) -> None:
         raise InputError(f"steps: got {steps}; expected at least 1, or none to go by the minutes")
 
 
+@quick_linears()
 def distill(
     model: nn.Module,
     views: Sequence[MLPView],

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prunekit.batching import Batch, Tokens, batches
+from prunekit.ops.linear import quick_linears
 from prunekit.progress import progress_bar
 
 TOP = 64  # next tokens of which each probability is kept; the others' only together
@@ -31,6 +32,7 @@ class Teacher:
         logits of a batch of T = 1024 tokens while it is asked.
     """
 
+    @quick_linears()
     def __init__(self, model: nn.Module, prompts: Sequence[Tokens], *, quiet: bool = False):
         self.prompts = list(prompts)
         self._weights = {prompt.ids: prompt.weight for prompt in prompts}

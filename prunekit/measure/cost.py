@@ -33,6 +33,7 @@ from prunekit.backward import KEPT_BYTES, kept_bytes
 from prunekit.gradients import BATCH_TOKENS
 from prunekit.measure.memory import parameter_count
 from prunekit.ops.gram import bf16_products
+from prunekit.ops.linear import linear
 
 # Fitted to one run of SmolLM2-135M in bf16 on an AVX512-BF16 processor, 2 threads.
 _ATTENTION = 12  # times as long as a large product's FLOP take attention's
@@ -170,7 +171,7 @@ def measure_rates(shape: Shape, dtype: torch.dtype, device: torch.device | str =
     w = torch.randn(width, hidden, device=device)
     flops = 2.0 * x.shape[0] * hidden * width
     low = x.to(dtype), w.to(dtype)
-    products = _rate(flops, lambda: F.linear(*low), device)
+    products = _rate(flops, lambda: linear(*low), device)
     wide = products
     if dtype == torch.bfloat16:
         with bf16_products():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from prunekit.ops.activations import activate, activation_code
-from prunekit.ops.gated_mlp_cpu import ARGUMENTS, decode, decodes, decodes_directly
+from prunekit.ops.gated_mlp_cpu import ARGUMENTS, by_products, decode, decodes, decodes_directly
 from prunekit.ops.registry import LIBRARY, define, forced_backend
 
 Optional = torch.Tensor | None
@@ -109,5 +109,5 @@ def gated_mlp(
         return decode(*tensors, code)  # which checks the shapes itself
     check_shapes("gated_mlp", x, gate, up, down)
     if on_cpu and not decoding:
-        return gated_mlp_ref(*tensors, code)  # what would serve, without the way there
+        return by_products(*tensors, code)  # what would serve, without the way there
     return torch.ops.prunekit.gated_mlp.default(*tensors, code)

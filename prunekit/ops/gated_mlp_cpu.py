@@ -6,7 +6,9 @@ from functools import cache
 
 import torch
 
-from prunekit.ops.registry import LIBRARY, OPERATIONS
+from prunekit.ops.activations import activate
+from prunekit.ops.linear import linear
+from prunekit.ops.registry import LIBRARY
 
 # Up to how many tokens the decode kernel, which takes 16 at the most, beats torch's products kept
 # to the same instruction set: by instruction set, where one was measured, with two threads.
@@ -77,7 +79,14 @@ def decode(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tenso
 
 def gated_mlp_cpu(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tensor:
     """Decode through the C++ kernel where it is faster, all else through torch's own products."""
-    serve = OPERATIONS["gated_mlp"].reference
     if decodes(x, gate, up, down, gate_bias, up_bias, down_bias):
-        serve = decode
-    return serve(x, gate, up, down, gate_bias, up_bias, down_bias, act)
+        return decode(x, gate, up, down, gate_bias, up_bias, down_bias, act)
+    return by_products(x, gate, up, down, gate_bias, up_bias, down_bias, act)
+
+
+def by_products(x, gate, up, down, gate_bias, up_bias, down_bias, act) -> torch.Tensor:
+    """One product after the other."""
+    h = activate(linear(x, gate, gate_bias), act)
+    if up is not None:
+        h = h * linear(x, up, up_bias)
+    return linear(h, down, down_bias)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from prunekit.ops.activations import activation_code
 from prunekit.ops.gated_act_stats import check_spans, gated_act_stats_ref
 from prunekit.ops.gated_mlp import check_shapes
+from prunekit.ops.linear import linear
 from prunekit.ops.registry import call, define
 
 Optional = torch.Tensor | None
@@ -35,10 +36,10 @@ def gated_mlp_stats_composed(
     x, gate, up, down, gate_bias, up_bias, down_bias, spans, act
 ) -> Outputs:
     """torch's own products around the fused activation with its statistics."""
-    g = F.linear(x, gate, gate_bias)
-    u = None if up is None else F.linear(x, up, up_bias)
+    g = linear(x, gate, gate_bias)
+    u = None if up is None else linear(x, up, up_bias)
     h, prompt_stats, token_stats = call("gated_act_stats", g, u, spans, act)
-    return F.linear(h, down, down_bias), h, prompt_stats, token_stats
+    return linear(h, down, down_bias), h, prompt_stats, token_stats
 
 
 def _gated_mlp_stats_fake(x, gate, up, down, gate_bias, up_bias, down_bias, spans, act):
