@@ -18,7 +18,7 @@ constexpr int64_t LINE = 64;         // bytes of a cache line
 // side by side, far from each other, and bytes of each fetched AHEAD of their use.
 template <typename Way>
 struct FetchedAhead : Way {
-  static constexpr int64_t STREAMS = 4, AHEAD = 1024;
+  static constexpr int64_t STREAMS = 4, AHEAD = 16 * sizeof(Float);
 };
 template <typename Way>
 struct Followed : Way {
@@ -232,11 +232,13 @@ static Kernels kernels_reading(Act act) {
   return {};
 }
 
-// AMD's cores (Zen 4, bench/decode.py) follow two streams by themselves and read a tenth slower when
-// told what to fetch; Intel's (Sapphire Rapids) want to be told. With more tokens than one, four
-// streams share what is read of each token, and products bind.
+// Zen 4's cores (bench/decode.py) follow two streams by themselves and read a tenth slower when told
+// what to fetch; Sapphire Rapids' want to be told, and so do Zen 3's, which have vectors of 32 bytes
+// and read a fifth faster then. With more tokens than one, four streams share what is read of each
+// token, and products bind.
 template <typename Way>
 static Kernels kernels_of(Act act, int64_t tokens) {
-  return tokens == 1 && cpu_is_amd() ? kernels_reading<Followed<Way>>(act)
+  constexpr bool wide = PRUNEKIT_VECTOR_BYTES == 64;
+  return wide && tokens == 1 && cpu_is_amd() ? kernels_reading<Followed<Way>>(act)
                                      : kernels_reading<FetchedAhead<Way>>(act);
 }
