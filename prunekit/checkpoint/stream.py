@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,17 @@ def _write(shard: Shard, folder: Path, work: _Work, advance: Callable) -> dict[s
             advance(entry.size)
 
     planned = [(entry.name, entry.dtype, work.shape(entry)) for entry in shard.entries]
-    return write_shard(path, planned, contents(), shard.metadata)
+    return write_shard(path, planned, _ahead(contents()), shard.metadata)
+
+
+def _ahead(values: Iterator) -> Iterator:
+    """The values, each made in a thread while whoever takes them is busy with the one before."""
+    end = object()
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, values, end)
+        while (value := coming.result()) is not end:
+            coming = worker.submit(next, values, end)
+            yield value
 
 
 def _link(source: Path, target: Path) -> None:

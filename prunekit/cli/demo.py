@@ -7,7 +7,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -27,15 +27,10 @@ from prunekit.measure.comparison import bench_models
 from prunekit.measure.memory import parameter_count, peak_memory
 from prunekit.measure.provenance import provenance
 from prunekit.progress import progress_bar
-from prunekit.report import (
-    Table,
-    loss_by_sparsity,
-    loss_by_speed,
-    loss_off_task,
-    write_report,
-)
-from prunekit.report.plots import Point
 from prunekit.tasks.embedded import humaneval, word_problems
+
+if TYPE_CHECKING:
+    from prunekit.report.plots import Point
 
 CONFIG = DemoConfig
 EXAMPLES = """  prunekit demo
@@ -211,6 +206,8 @@ def _spent_off_task(spent: list[Spent]) -> str:
 
 
 def _lines(outcomes: list[Outcome], measured: dict[int, dict]) -> dict[str, list[Point]]:
+    from prunekit.report.plots import Point
+
     lines: dict[str, list[Point]] = {}
     for o in outcomes:
         speed = measured[_width(o)]["tg"]["tokens_per_s"]
@@ -219,6 +216,10 @@ def _lines(outcomes: list[Outcome], measured: dict[int, dict]) -> dict[str, list
 
 
 def _report(out, rows, note, dense_loss, outcomes, measured, spent, facts) -> Path:
+    # Not on every start of the command line: the plotting library takes most of a second.
+    from prunekit.report import Table, loss_by_sparsity, loss_by_speed, loss_off_task, write_report
+    from prunekit.report.plots import Point
+
     dense_speed = next(iter(measured.values()))["tg"]["tokens_per_s"]
     dense = Point(0.0, dense_loss.loss, dense_speed)
     lines = _lines(outcomes, measured)

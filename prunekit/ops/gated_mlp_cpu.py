@@ -33,10 +33,13 @@ def _served_here() -> dict[torch.dtype, int]:
     return dict.fromkeys(_DTYPES, DECODE_TOKENS.get(cpu_isa(), 0))
 
 
-@torch.compiler.assume_constant_result
 def _most_tokens(dtype: torch.dtype) -> int:
     """Up to how many tokens go to the decode kernel."""
     return _served_here().get(dtype, 0)
+
+
+# What torch.compiler.assume_constant_result does; itself it imports the compiler, in two seconds.
+_most_tokens._dynamo_marked_constant = True
 
 
 def _rows_lie_together(weight: torch.Tensor) -> bool:
