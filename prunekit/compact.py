@@ -225,30 +225,41 @@ def _shrink(members: list[tuple[Slot, torch.Tensor]]) -> None:
     replace_parameter(slot, gathered(slot.parameter, members))
 
 
-def gathered(parameter: torch.Tensor, members: list[tuple[Slot, torch.Tensor]]) -> torch.Tensor:
+def gathered(
+    parameter: torch.Tensor,
+    members: list[tuple[Slot, torch.Tensor]],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """A parameter with only the neurons that are kept of each run in it.
 
     Args:
         parameter: a matrix, a bias, or a stack of the experts' matrices.
         members: for each run of neurons where it lies and which of them stay, in order.
+        out: where to put it.
     """
     if parameter.dim() < 3:
-        return _gather(parameter, members)
+        return _gather(parameter, members, out)
     return torch.stack(
         [
             _gather(matrix, [(s, k) for s, k in members if s.expert == e])
             for e, matrix in enumerate(parameter)
-        ]
+        ],
+        out=out,
     )
 
 
-def _gather(matrix: torch.Tensor, members: list[tuple[Slot, torch.Tensor]]) -> torch.Tensor:
+def _gather(
+    matrix: torch.Tensor,
+    members: list[tuple[Slot, torch.Tensor]],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Keep the named neurons of each run (gate, then up, in a fused matrix)."""
     index = torch.cat([kept.long() + slot.start for slot, kept in members])
     if matrix.dim() == 1:
-        return ops.gather_rows(matrix[:, None], index)[:, 0]
+        column = None if out is None else out[:, None]
+        return ops.gather_rows(matrix[:, None], index, column)[:, 0]
     gather = ops.gather_rows if members[0][0].axis == 0 else ops.gather_cols
-    return gather(matrix.detach(), index)
+    return gather(matrix.detach(), index, out)
 
 
 def _update_linear(owner: nn.Module, name: str) -> None:

@@ -1,12 +1,10 @@
-"""Reads a folder of safetensors one tensor at a time, and believes nothing that its headers say.
-
-Tensors are read into memory of their own and not mapped, so that what was read and let go is gone.
-"""
+"""Reads a folder of safetensors one tensor at a time, and believes nothing that its headers say."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from prunekit.errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_BYTES = 100_000_000  # the format's own limit
-CHUNK = 8 << 20  # bytes read, written and hashed at a time
+CHUNK = 8 << 20  # bytes written and hashed at a time
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,38 +52,42 @@ class Entry:
         Raises:
             InputError: the file became shorter since its header was read.
         """
-        buffer = bytearray(self.size)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            view, done = memoryview(buffer), 0
-            while done < self.size:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{self.path}: {self.name} is cut short")
-                done += count
+        return self.mapped().clone()
+
+    def mapped(self) -> torch.Tensor:
+        """The tensor as the file's own pages, which are read when they are looked at.
+
+        Writing to it does not change the file. Fresh memory, page by page, may take several times
+        as long as what is copied there.
+
+        Raises:
+            InputError: the file became shorter since its header was read.
+        """
         if not self.size:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).reshape(self.shape)
+        return torch.frombuffer(self._bytes(), dtype=DTYPES[self.dtype]).reshape(self.shape)
 
     def sha256(self) -> str:
-        """The hash of its bytes, read some at a time."""
+        """The hash of its bytes."""
         found = hashlib.sha256()
         for chunk in self.chunks():
             found.update(chunk)
         return found.hexdigest()
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes, at most ``CHUNK`` at a time; each is overwritten by the next but one."""
-        buffers = [memoryview(bytearray(min(CHUNK, self.size))) for _ in range(2)]
+        """Its bytes, at most ``CHUNK`` at a time."""
+        if self.size:
+            whole = self._bytes()
+            yield from (whole[i : i + CHUNK] for i in range(0, self.size, CHUNK))
+
+    def _bytes(self) -> memoryview:
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            left, turn = self.size, 0
-            while left:
-                count = file.readinto(buffers[turn][: min(left, CHUNK)])
-                if not count:
-                    raise InputError(f"{self.path}: {self.name} is cut short")
-                yield buffers[turn][:count]
-                left, turn = left - count, 1 - turn
+            if os.fstat(file.fileno()).st_size < self.start + self.size:
+                raise InputError(f"{self.path}: {self.name} is cut short")
+            before = self.start % mmap.ALLOCATIONGRANULARITY  # a map begins with a page
+            options = {"access": mmap.ACCESS_COPY, "offset": self.start - before}
+            pages = mmap.mmap(file.fileno(), before + self.size, **options)
+        return memoryview(pages)[before:]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ class _Work:
         self.members: dict[str, list[tuple[Slot, torch.Tensor]]] = {}
         self.repaired: dict[str, list[int]] = {}  # by tensor the MLPs whose repair it takes
         self._solved: dict[int, Any] = {}
+        self._room = _Room()
         for i, (view, kept) in enumerate(zip(checkpoint.views, plan.kept, strict=True)):
             for role, slot in view.slots.items():
                 name = checkpoint.entry(slot).name
@@ -202,11 +204,13 @@ class _Work:
         """A tensor as it will be, or where it is copied from."""
         if not self.changes(entry.name):
             return entry
-        old = entry.read()
+        old = entry.mapped()
         if old.is_floating_point() and not all_finite(old):
             raise InputError(f"{entry.path}: {entry.name} holds NaN or Inf; get it anew")
         members = self.members.get(entry.name)
-        new = old if members is None else gathered(old, members)
+        new = old
+        if members is not None:
+            new = gathered(old, members, self._room.take(self.shape(entry), old.dtype))
         for i in self.repaired.get(entry.name, []):
             self._repair(i, entry, new)
         return new
@@ -230,6 +234,23 @@ class _Work:
             value = fix.down if slot.axis == 1 else fix.down.T
         if value is not None:
             into.copy_(value)
+
+
+class _Room:
+    """Memory for two tensors, taken by turns: while one is written the next is made.
+
+    Fresh memory for each would cost several times what is done there.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = prod(shape) * dtype.itemsize
+        if self._buffers[0].numel() < size:
+            self._buffers[0] = torch.empty(size, dtype=torch.uint8)
+        self._buffers.reverse()
+        return self._buffers[1][:size].view(dtype).view(shape)
 
 
 def _write(shard: Shard, folder: Path, work: _Work, advance: Callable) -> dict[str, str]:
