@@ -186,8 +186,6 @@ class _Reader:
         if inner in _SCALARS:
             form = f"<{count}{_SCALARS[inner]}"
             return list(struct.unpack(form, self.take(struct.calcsize(form))))
-        if (
-            count * 8 > self.total - self.file.tell()
-        ):  # a string, or an array, takes 8 bytes or more
+        if count * 8 > self.total - self.file.tell():  # a string takes 8 bytes, or more
             raise struct.error
         return [self.value(inner) for _ in range(count)]
