@@ -43,9 +43,21 @@ def byte_level(name: str, size: int = 600, **options) -> Any:
     return _wrapped(backend, **options)
 
 
-def sentencepiece(**options) -> Any:
-    """A BPE over ▁ and characters: bytes are its fallback, every way to make a token is a merge."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+def sentencepiece(metaspace: bool = False, **options) -> Any:
+    """A BPE over ▁ and characters: bytes are its fallback, every way to make a token is a merge.
+
+    As in Llama's tokenizer.json, which puts ▁ before every text, as SentencePiece and llama.cpp
+    do; or, with ``metaspace``, as in transformers' own class, only where there is no space yet.
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -62,7 +74,12 @@ def sentencepiece(**options) -> Any:
     ]
     model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    if metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    else:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     backend.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),

@@ -79,8 +79,10 @@ def test_widths_that_differ_compute_the_same(name, words, tmp_path):
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "sentencepiece"])
 def test_text_becomes_the_same_tokens(name, begins, tmp_path):
-    make = sentencepiece if name == "sentencepiece" else lambda **o: byte_level(name, **o)
-    tokenizer = make(begins=begins)
+    if name == "sentencepiece":
+        tokenizer = sentencepiece(begins=begins)
+    else:
+        tokenizer = byte_level(name, begins=begins)
     model = tiny_model("llama", vocab_size=len(tokenizer) + 5)
     path = save_gguf(model, tokenizer, tmp_path / "m.gguf", "f32")
     engine = opened(path, vocab_only=True)
