@@ -14,6 +14,7 @@ from prunekit.checkpoint.gguf import save_gguf
 from prunekit.checkpoint.gguf_layout import frequency_factors
 from prunekit.checkpoint.gguf_read import read_gguf
 from prunekit.checkpoint.gguf_vocab import PRE_TOKENIZERS
+from prunekit.checkpoint.padded import pad
 from prunekit.cli import main
 from prunekit.errors import InputError
 from prunekit.integrations.gguf import llama3_scaling
@@ -136,6 +137,24 @@ def test_q8_0_is_ggmls_own_and_rows_that_do_not_divide_are_f16(words, tmp_path):
     assert (error <= scale * 0.57).all()  # half a step, and the scale's own rounding to f16
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "context"),
+    [
+        ("mistral", {"sliding_window": 16}, 16),
+        ("mistral", {"sliding_window": None}, 64),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 16),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 64),
+    ],
+)
+def test_the_context_is_what_a_sliding_window_sees(name, options, context, words, tmp_path):
+    model, _ = made(name, words, **options)
+    assert read_gguf(save_gguf(model, words, tmp_path / "m.gguf")).get("context_length") == context
+    model.save_pretrained(tmp_path / "folder")
+    words.save_pretrained(tmp_path / "folder")
+    output = str(tmp_path / "n.gguf")
+    assert main(["export", str(tmp_path / "folder"), "--format", "gguf", "-o", output]) == 0
+
+
 def test_tied_embeddings_are_written_once(words, tmp_path):
     model, _ = made("tied", words)
     path = save_gguf(model, words, tmp_path / "m.gguf")
@@ -193,6 +212,9 @@ def test_widths_that_differ_are_refused_where_no_architecture_knows_them(words, 
     with pytest.raises(InputError, match=r"qwen3 knows one width; run .*--format padded"):
         save_gguf(uneven(words, "qwen3"), words, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
+    model = uneven(words, "qwen3")
+    again = pk.load(save_gguf(pad(model), words, tmp_path / "m.gguf", "f32"))
+    assert torch.allclose(logits(again), logits(model), atol=1e-5)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}

@@ -105,11 +105,13 @@ def save_gguf(
         outtype = outtype_of(next(p.dtype for p in model.parameters()))
     if outtype not in OUTTYPES:
         raise InputError(f"outtype: got {outtype}; expected auto, {', '.join(OUTTYPES)}")
-    layout, config = layout_of(model), text_config(model)
-    renamed = list(names(model, layout))
+    layout, config, state = layout_of(model), text_config(model), model.state_dict()
+    planned = [
+        (source, target, _type(target, state[source].shape, outtype))
+        for source, target in names(model, layout)
+    ]
     vocab = vocabulary(tokenizer, config.vocab_size)
-    state = model.state_dict()
-    read = read or state.__getitem__
+    factors = frequency_factors(rope_of(config), head_size(config))
     with files.replacing_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, layout.architecture)
         try:
@@ -121,21 +123,19 @@ def save_gguf(
             vocab.write(writer)
             if record:
                 writer.add_string(RECORD_KEY, json.dumps(record))
-            factors = frequency_factors(rope_of(config), head_size(config))
             if factors is not None:
                 _plan(writer, "rope_freqs.weight", factors.shape, _F32)
-            for source, target in renamed:
-                shape = state[source].shape
-                _plan(writer, target, shape, _type(target, shape, outtype))
+            for source, target, kind in planned:
+                _plan(writer, target, state[source].shape, kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             if factors is not None:
                 writer.write_tensor_data(factors.numpy())
-            with progress_bar(len(renamed), "gguf", "tensor", quiet=quiet) as bar:
-                for source, target in renamed:
-                    value = arranged(source, read(source), layout, head_counts(model))
-                    kind = _type(target, state[source].shape, outtype)
+            with progress_bar(len(planned), "gguf", "tensor", quiet=quiet) as bar:
+                for source, _, kind in planned:
+                    value = (read or state.__getitem__)(source)
+                    value = arranged(source, value, layout, head_counts(model))
                     writer.write_tensor_data(encoded(source, value, kind))
                     bar.update()
             writer.flush()

@@ -113,7 +113,10 @@ def add_metadata(writer: gguf.GGUFWriter, model: nn.Module) -> None:
 
 
 def _context_length(config: Any) -> int:
-    """Tokens over which llama.cpp's attention, which has no window here, is the model's own."""
+    """Tokens over which llama.cpp's attention, which has no window here, is the model's own.
+
+    Its own converter writes the longer context, in which the two differ.
+    """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
     if window and "sliding_attention" in kinds:
@@ -134,7 +137,7 @@ def rope_of(config: Any) -> dict[str, Any]:
             f"GGUF: got a rotary embedding of type {rope['rope_type']}; expected default, linear "
             f"or llama3; {CONVERTER}"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise InputError(f"GGUF: got a rotary embedding of part of a head; {CONVERTER}")
     return rope
 

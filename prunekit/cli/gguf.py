@@ -26,9 +26,9 @@ _FOLDER_ONLY = ("sha256", "bytes")  # of a record: what is true of the folder's 
 def export_gguf(config: ExportConfig, output: Output) -> int:
     """Check, write the file, and say what was written."""
     check_output_gguf(config.output, force=config.force)
+    layout_of(load_shape(config.model))  # before weights are fetched or read
     tokenizer = load_tokenizer(config.model)
     model, read = _weights(config)
-    layout = layout_of(model)
     record = _record(config.model)
     path = save_gguf(
         model,
@@ -43,16 +43,21 @@ def export_gguf(config: ExportConfig, output: Output) -> int:
     )
     widths = [view.width for view in find_mlps(model, verify=False)]
     file = read_gguf(path)
+    if (window := file.get("context_length")) < model.config.max_position_embeddings:
+        output.note(
+            f"the model's attention looks back {window} tokens, llama.cpp's over all: the file "
+            f"says a context of {window}, in which they are the same"
+        )
     facts = {
         "output": str(path),
-        "architecture": layout.architecture,
+        "architecture": file.architecture,
         "widths": widths,
         "values": file.types,
         "bytes": path.stat().st_size,
     }
     span = f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"
     output.line(
-        f"{layout.architecture}: {len(widths)} MLPs of {span} neurons, {' and '.join(file.types)}, "
+        f"{file.architecture}: {len(widths)} MLPs of {span} neurons, {' and '.join(file.types)}, "
         f"{megabytes(facts['bytes'])} on disk\n"
         f"saved {path}: runs in llama.cpp, `llama-cli -m {path}`"
     )
