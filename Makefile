@@ -11,13 +11,14 @@ SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test test-all lint audit bench gpu-bench gpu-tune gpu-table clean
+.PHONY: help demo test test-all test-llamacpp lint audit bench gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      prune a small language model for code, measure it, write demo-out/report.html"
 	@echo "make test      the tests that every change must pass, in minutes"
 	@echo "make test-all  those and the slow ones"
+	@echo "make test-llamacpp  that llama.cpp computes what transformers does; compiles it, in minutes"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
 	@echo "make bench     measure the operations and the main job on this machine"
@@ -47,6 +48,16 @@ test: $(VENV)/.ready
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -m ""
+
+# pip compiles llama.cpp for this machine.
+$(VENV)/.llamacpp: $(VENV)/.ready
+	@echo "compiling llama.cpp into $(VENV)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "llama-cpp-python>=0.3.36"
+	@touch $@
+
+test-llamacpp: $(VENV)/.llamacpp
+	$(BIN)/python -m pytest tests/llamacpp
+	$(BIN)/python -m bench.llamacpp --check-only
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

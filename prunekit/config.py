@@ -260,16 +260,24 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model in another form: for every sparsity, or for loaders that know one width."""
+    """Write a model in another form: for every sparsity, for one width, or for llama.cpp."""
 
     model: str = argument(_MODEL, metavar="MODEL")
     format: str = option(
         "nested",
         "nested: neurons in the order of their scores, so that prunekit.load(OUT, sparsity=S) "
-        "reads what S keeps; padded: MLPs of several widths filled up with zeros to one",
-        choices=("nested", "padded"),
+        "reads what S keeps; padded: MLPs of several widths filled up with zeros to one; gguf: one "
+        "file for llama.cpp, of a Llama, Mistral, Qwen2 or Qwen3",
+        choices=("nested", "padded", "gguf"),
     )
-    output: str = option("", "folder to write to", short="-o", metavar="OUT")
+    output: str = option(
+        "", "folder to write to; gguf: file, whose name ends in .gguf", short="-o", metavar="OUT"
+    )
+    outtype: str = option(
+        "auto",
+        "gguf: what its matrices are; auto: f16 for fp16 models, else bf16",
+        choices=("auto", "f32", "f16", "bf16", "q8_0"),
+    )
     stats: str = option("", "nested: statistics from `prunekit calibrate`, which order neurons")
     criterion: str = option("auto", "nested: what scores a neuron, as in `prunekit prune`")
     anchor: tuple[float, ...] = option(
@@ -320,7 +328,7 @@ class ReportConfig:
 class InspectConfig:
     """Say what is in a file or folder: statistics, a plan, or a model."""
 
-    path: str = argument("statistics, a plan, or a model folder", metavar="PATH")
+    path: str = argument("statistics, a plan, a model folder or a .gguf file", metavar="PATH")
     verify: bool = option(
         False, "hold every tensor of a model folder against its hash; exit status 1 if one differs"
     )

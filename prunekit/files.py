@@ -59,11 +59,16 @@ def check_output_file(path: str | Path) -> Path:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success flush it and rename it into place."""
+    """Yield a temporary path beside ``path``; on success flush it and rename it into place.
+
+    What a process that was killed left behind is cleared away by the next that writes there.
+    """
     path = check_output_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _clear_remains(path)
+        prefix = f"{_remains(path)}{os.getpid()}-"
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     os.close(descriptor)
@@ -123,17 +128,20 @@ def replacing_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]
 
 
 def _remains(path: Path) -> str:
-    """How the names of this machine's temporary folders for a path begin; a process id follows."""
+    """How the names of this machine's temporaries for a path begin; a process id follows."""
     return f".{path.name}.{platform.node()}-"
 
 
 def _clear_remains(path: Path) -> None:
-    """Remove the temporary folders of processes that are no more."""
+    """Remove the temporary files and folders of processes that are no more."""
     start = _remains(path)
     for item in path.parent.iterdir():
         owner = item.name.removeprefix(start).partition("-")[0]
         if item.name.startswith(start) and owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(item, ignore_errors=True)
+            if item.is_dir():
+                shutil.rmtree(item, ignore_errors=True)
+            else:
+                item.unlink(missing_ok=True)
 
 
 def _put_into_place(new: Path, path: Path) -> None:

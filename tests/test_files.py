@@ -1,6 +1,8 @@
 """Writers leave the old state or the new, never a half, and no litter."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,6 +38,19 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path):
         (folder / "b").write_text("new")
     assert os.listdir(path) == ["b"]
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_what_a_killed_writer_left_is_cleared_away_by_the_next(tmp_path):
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    for place, owner in (("gone", int(gone.stdout)), ("here", os.getpid())):
+        left = tmp_path / f"{files._remains(tmp_path / 'a.json')}{owner}-{place}"
+        left.write_text("half")
+    files.write_json(tmp_path / "a.json", {})
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 2
+    assert left[0].endswith("here")  # its writer still lives
 
 
 def test_a_folder_in_use_needs_force(tmp_path):

@@ -1,4 +1,4 @@
-"""Writers that are killed at any moment leave the old folder or the new one, and no remains."""
+"""Writers that are killed at any moment leave the old state or the new one, and no remains."""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ WRITERS = {
     "save": "pk.save(model, None, out, force=True)",
     "nested": "save_nested(model, None, out, scores, force=True)",
     "stream": "stream_prune(Checkpoint(dense, load_shape(dense)), plan, out, force=True)",
+    "gguf": "save_gguf(model, words, file, force=True)",
 }
 SCRIPT = """
     import os, random, signal, sys, threading, time
@@ -24,14 +25,17 @@ SCRIPT = """
     import prunekit as pk
     from prunekit.arch import find_mlps
     from prunekit.checkpoint import verify
+    from prunekit.checkpoint.gguf import save_gguf
+    from prunekit.checkpoint.gguf_read import read_gguf
     from prunekit.checkpoint.nested import NESTED, Nested, save_nested
     from prunekit.checkpoint.stream import Checkpoint, stream_prune
     from prunekit.integrations.loading import load_shape
     from tests.models import tiny_model
+    from tests.vocabularies import byte_level
 
     root, trials = Path(sys.argv[1]), int(sys.argv[2])
-    out, dense = root / "out", str(root / "dense")
-    model = tiny_model("llama")
+    out, file, dense = root / "out", root / "out.gguf", str(root / "dense")
+    model, words = tiny_model("llama", vocab_size=400), byte_level("qwen2", 400)
     scores = [torch.rand(v.width) for v in find_mlps(model)]
     plan = pk.plan(scores, 0.5, multiple_of=8)
     model.save_pretrained(dense, max_shard_size="40KB")
@@ -49,14 +53,16 @@ SCRIPT = """
         time.sleep(draw.uniform(0, 2 * took))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if (out / NESTED).exists():
+        if file.exists():
+            assert all(read_gguf(file).read(name) is not None for name in read_gguf(file).tensors)
+        elif (out / NESTED).exists():
             nested = Nested.open(out)
             nested.read(nested.plan(0.5, 8))
         else:
             assert verify(out)
     WRITE
     names = sorted(p.name for p in root.iterdir())
-    assert names == ["dense", "out"], names
+    assert names in (["dense", "out"], ["dense", "out.gguf"]), names
     print("done")
 """
 

@@ -6,6 +6,7 @@ from prunekit.arch import find_mlps, fingerprint
 from prunekit.checkpoint import save, weight_bytes
 from prunekit.checkpoint.nested import NESTED, save_nested
 from prunekit.checkpoint.padded import pad
+from prunekit.cli.gguf import export_gguf
 from prunekit.cli.output import Output, megabytes
 from prunekit.compensate import default_method
 from prunekit.config import ExportConfig
@@ -19,13 +20,16 @@ from prunekit.stats import NeuronStats
 
 CONFIG = ExportConfig
 EXAMPLES = """  prunekit export demo --stats task.stats --anchor 0.2 0.35 0.5 -o nested
-  prunekit export uneven --format padded -o anywhere"""
+  prunekit export uneven --format padded -o anywhere
+  prunekit export small --format gguf --outtype q8_0 -o small.gguf"""
 
 
 def run(config: ExportConfig, output: Output) -> int:
     """Check, load, write, and say what was written."""
     if not config.output:
         raise InputError("needs -o OUT; see `prunekit export --help`")
+    if config.format == "gguf":
+        return export_gguf(config, output)
     check_output_folder(config.output, force=config.force)
     if config.format == "nested":
         return _nested(config, output)

@@ -10,6 +10,7 @@ from prunekit.checkpoint import RECORD, read_record, verify
 from prunekit.checkpoint.nested import NESTED, Nested
 from prunekit.checkpoint.widths import differ
 from prunekit.cli.calibrate import describe_stats, summary
+from prunekit.cli.gguf import inspect_gguf
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.config import InspectConfig
 from prunekit.errors import InputError
@@ -20,6 +21,7 @@ CONFIG = InspectConfig
 EXAMPLES = """  prunekit inspect task.stats
   prunekit inspect small
   prunekit inspect small --verify
+  prunekit inspect small.gguf
   prunekit inspect small/plan.safetensors --json"""
 
 
@@ -30,6 +32,10 @@ def run(config: InspectConfig, output: Output) -> int:
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
         return _folder(path, output, verified=verify(path) if config.verify else None)
+    if path.suffix == ".gguf":
+        if config.verify:
+            raise InputError(f"{path}: --verify: GGUF files carry no hashes")
+        return inspect_gguf(path, output)
     kind = files.read_header(path).get("kind")
     if kind == "neuron-stats":
         stats = NeuronStats.load(path)

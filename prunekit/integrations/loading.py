@@ -46,6 +46,16 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
     return model, {}
 
 
+def _gguf(folder: str, options: dict[str, Any]) -> Path | None:
+    """The GGUF file of a source, if it is one that prunekit reads by itself."""
+    if "gguf_file" not in options:
+        return None
+    from prunekit.integrations.gguf import reads
+
+    path = Path(folder) / options["gguf_file"]
+    return path if reads(path) else None
+
+
 def load_tokenizer(model: str) -> Any:
     """Load the tokenizer of a model.
 
@@ -55,8 +65,14 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     folder, options = _source(str(model))
+    file = _gguf(folder, options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if file is not None:
+            from prunekit.integrations.gguf_tokenizer import gguf_tokenizer
+
+            tokenizer = gguf_tokenizer(file)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"model {model}: no tokenizer: {_first_line(error)}") from error
     if model == DEMO:
@@ -90,7 +106,7 @@ def load_shape(model: str, *, dtype: str = "auto") -> Any:
 
     Args:
         model: as for `load`; of a folder or hub id only the configuration is read.
-        dtype: as for `load`; auto takes the configuration's (bf16 for GGUF files).
+        dtype: as for `load`; auto takes the configuration's, or the GGUF file's.
 
     Raises:
         InputError: the configuration cannot be found or read.
@@ -100,10 +116,17 @@ def load_shape(model: str, *, dtype: str = "auto") -> Any:
     folder, options = _source(str(model))
     if dtype not in _DTYPES:
         raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    file = _gguf(folder, options)
+    wanted = _DTYPES["bf16" if dtype == "auto" and options else dtype]
     try:
-        config = AutoConfig.from_pretrained(folder, **options)
+        if file is not None:
+            from prunekit.integrations.gguf import gguf_config, gguf_dtype
+
+            config = gguf_config(file)
+            wanted = gguf_dtype(file) if dtype == "auto" else wanted
+        else:
+            config = AutoConfig.from_pretrained(folder, **options)
         _prepare(config)
-        wanted = _DTYPES["bf16" if dtype == "auto" and options else dtype]
         if wanted == "auto":
             wanted = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
@@ -133,8 +156,8 @@ def load(
 
     Args:
         model: a folder, a hub id, a ``.gguf`` file, or ``demo``.
-        dtype: bf16, fp16, fp32, or auto (as saved; bf16 for GGUF files, whose weights are
-            dequantised).
+        dtype: bf16, fp16, fp32, or auto: as saved, where a GGUF file's quantised weights are
+            dequantised to bf16.
         device: where to put it; by default the GPU if there is one, else the CPU.
         sparsity: of a nested checkpoint (``prunekit export --format nested``): what fraction of the
             neurons to leave on disk; None loads all.
@@ -149,6 +172,7 @@ def load(
     if dtype not in _DTYPES:
         raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
     folder, options = _source(model)
+    file = _gguf(folder, options)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_nested(folder):
         loaded = load_nested(folder, sparsity or 0.0, load_shape(model))
@@ -159,10 +183,17 @@ def load(
             f"model {model}: got sparsity {sparsity}, but it is no nested checkpoint; "
             "`prunekit export --format nested` makes one, `prunekit prune` a smaller model"
         )
+    hf_logging.disable_progress_bar()
+    if file is not None:
+        from prunekit.integrations.gguf import gguf_dtype, load_gguf
+
+        loaded = load_gguf(file, gguf_dtype(file) if dtype == "auto" else _DTYPES[dtype])
+        if model == DEMO:
+            loaded.config._name_or_path = _DEMO_NAME
+        return loaded.to(device).eval()
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "bf16" if dtype == "auto" else dtype
-    hf_logging.disable_progress_bar()
     try:
         if "gguf_file" not in options:
             _prepare(AutoConfig.from_pretrained(folder))
@@ -175,8 +206,6 @@ def load(
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(loaded, attribute):
             setattr(loaded, attribute, None)
-    if model == DEMO:
-        loaded.config._name_or_path = _DEMO_NAME
     return loaded.to(device).eval()
 
 
