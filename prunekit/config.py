@@ -327,6 +327,19 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class DiffConfig:
+    """Say how two plans or two models differ: neurons, recipes, size, and weights."""
+
+    a: str = argument(f"a plan, or a model: {_MODEL}", metavar="A")
+    b: str = argument("the same, of the same dense model", metavar="B")
+    sparsity: float | None = option(
+        None, "of a nested checkpoint: at which to compare it; by default at the other's widths"
+    )
+    limit: int = option(10, "list so many of the tensors that differ most; 0: all")
+    quiet: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """Say which versions and backends are here, and what is missing and how to get it."""
 

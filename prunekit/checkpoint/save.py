@@ -19,6 +19,8 @@ from prunekit.plan import PrunePlan
 RECORD = "prunekit.json"
 PLAN = "plan.safetensors"
 CARD = "README.md"
+_SAID = ("format", "model", "parameters", "bytes", "dtype")  # by every record
+_SAID_OF_PRUNING = ("dense_widths", "sparsity", "recipe", "stats", "calibration")
 _REPAIR = ("compensate", "distill_steps", "distill_share")  # of the recipe, recorded by `prune`
 
 
@@ -173,9 +175,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """Read a saved model's ``prunekit.json``.
 
     Raises:
-        InputError: the folder has none, or it is no JSON.
+        InputError: the folder has none, or it is no JSON, or lacks what every record says.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
         raise InputError(f"{folder}: no {RECORD}; it was not written by prunekit")
-    return files.read_json(path)
+    record = files.read_json(path)
+    said = _SAID + (_SAID_OF_PRUNING if isinstance(record, dict) and "widths" in record else ())
+    missing = [name for name in said if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise InputError(f"{path}: is no record of a model: it lacks {missing[0]}")
+    return record
