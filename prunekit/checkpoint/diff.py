@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from prunekit.checkpoint.card import corpora
 from prunekit.checkpoint.sides import Side, Weights
 from prunekit.compact import gathered
 from prunekit.errors import InputError
@@ -117,9 +118,9 @@ def recipe_differences(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
     sides = []
     for side in (a, b):
         facts = {k: v for k, v in side.recipe.items() if k != "fingerprint"}
-        calibration = side.record.get("calibration") or {}
-        corpora = [(c["class"], c["name"], c["hash"]) for c in calibration.get("corpora", [])]
-        facts |= {"corpora": corpora or None, "padded": side.record.get("padded")}
+        seen = corpora(side.record.get("calibration") or {})
+        facts["corpora"] = [(c["class"], c["name"], c["hash"]) for c in seen] or None
+        facts["padded"] = side.record.get("padded")
         if recovery := side.record.get("recovery"):
             facts["recovery"] = f"{recovery['settings']['method']}, {recovery['steps']} steps"
         sides.append(facts)

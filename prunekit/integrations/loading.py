@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prunekit.checkpoint.origin import is_hub_id, origin
+from prunekit.checkpoint.save import remember
 from prunekit.checkpoint.widths import DECODER_LAYERS
 from prunekit.errors import InputError
 from prunekit.integrations.layer_widths import install
 from prunekit.integrations.nested import is_nested, load_nested
 
 DEMO = "demo"
-_DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": "auto"}
 
 
@@ -175,9 +178,29 @@ def load(
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(loaded, attribute):
             setattr(loaded, attribute, None)
+    _name_origin(loaded, model, folder, options)
+    return remember(loaded.to(device).eval(), folder)
+
+
+def _name_origin(loaded: Any, model: str, folder: str, options: dict[str, Any]) -> None:
+    """Let what is made of a model say what it was made from (`checkpoint.origin`)."""
+    if file := options.get("gguf_file"):  # which the loaded model knows no more
+        loaded.config._name_or_path = _DEMO_NAME if model == DEMO else model
+        loaded.origin = origin(str(Path(folder) / file))
     if model == DEMO:
-        loaded.config._name_or_path = _DEMO_NAME
-    return loaded.to(device).eval()
+        loaded.origin = replace(loaded.origin, base_model=_DEMO_NAME)
+    elif is_hub_id(model):
+        _fetch_readme(model)
+
+
+def _fetch_readme(hub_id: str) -> None:
+    """Bring a model's README into the hub's cache, where there is one and the network: it has the
+    licence."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with contextlib.suppress(OSError, ValueError, HfHubHTTPError):
+        hf_hub_download(hub_id, "README.md")
 
 
 def _first_line(error: Exception) -> str:
