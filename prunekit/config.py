@@ -320,9 +320,13 @@ class ReportConfig:
 class InspectConfig:
     """Say what is in a file or folder: statistics, a plan, or a model."""
 
-    path: str = argument("statistics, a plan, or a model folder", metavar="PATH")
+    path: str = argument(
+        "statistics, a plan, a model folder, or a nested checkpoint", metavar="PATH"
+    )
     verify: bool = option(
-        False, "hold every tensor of a model folder against its hash; exit status 1 if one differs"
+        False,
+        "hold every tensor and header of a folder against its hash: exit status 1 if one differs, "
+        "2 if a file is missing, cut short or names what is not there",
     )
 
 

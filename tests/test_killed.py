@@ -24,7 +24,7 @@ SCRIPT = """
     import prunekit as pk
     from prunekit.arch import find_mlps
     from prunekit.checkpoint import verify
-    from prunekit.checkpoint.nested import NESTED, Nested, save_nested
+    from prunekit.checkpoint.nested import save_nested
     from prunekit.checkpoint.stream import Checkpoint, stream_prune
     from prunekit.integrations.loading import load_shape
     from tests.models import tiny_model
@@ -49,11 +49,7 @@ SCRIPT = """
         time.sleep(draw.uniform(0, 2 * took))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if (out / NESTED).exists():
-            nested = Nested.open(out)
-            nested.read(nested.plan(0.5, 8))
-        else:
-            assert verify(out)
+        assert verify(out)
     WRITE
     names = sorted(p.name for p in root.iterdir())
     assert names == ["dense", "out"], names

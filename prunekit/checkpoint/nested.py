@@ -19,7 +19,8 @@ from torch import nn
 from prunekit import files
 from prunekit.arch import MLPView, Slot, find_mlps, parameter_names
 from prunekit.checkpoint.pieces import Assembled, Piece
-from prunekit.checkpoint.shards import DTYPES, Entry, read_shard
+from prunekit.checkpoint.save import described, write_record
+from prunekit.checkpoint.shards import DTYPES, NESTED, Entry, read_shard
 from prunekit.checkpoint.writer import write_shard
 from prunekit.compact import repairs
 from prunekit.compensate import Repair
@@ -27,7 +28,6 @@ from prunekit.errors import InputError
 from prunekit.plan import PrunePlan, kept_width, plan
 from prunekit.stats import NeuronStats
 
-NESTED = "nested.safetensors"
 _KIND, _VERSION = "nested", 1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -164,17 +164,23 @@ class Nested:
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    count = len(facts["dense_widths"])
-    whole = all(type(w) is int and w > 0 for w in facts["dense_widths"])
+    count, recipe = len(facts["dense_widths"]), facts["recipe"]
+    whole = all(_natural(w) for w in facts["dense_widths"])
     for widths in facts["anchors"]:
-        whole &= len(widths) == count and all(type(w) is int for w in widths)
+        whole &= len(widths) == count and all(_natural(w) for w in widths)
     for slots in facts["slots"]:
         for slot in slots:
             whole &= all(isinstance(slot[key], str) for key in ("stored", "name", "role"))
             whole &= isinstance(slot["rows"], bool)
+    whole &= all(name is None or isinstance(name, str) for name in facts["biases"])
+    whole &= isinstance(recipe, dict) and isinstance(recipe["compensate"], str)
     lengths = {count, len(facts["slots"]), len(facts["biases"])}
-    if not whole or len(lengths) > 1 or not isinstance(facts["recipe"], dict):
+    if not whole or len(lengths) > 1 or not _natural(recipe["multiple_of"]):
         raise ValueError
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _first(entry: Entry, rows: int) -> Entry:
@@ -253,7 +259,15 @@ def save_nested(
         planned = [(name, _NAMES[t.dtype], tuple(t.shape)) for name, t, _ in every]
         contents = (t if order is None else t[order.to(t.device).long()] for _, t, order in every)
         metadata = {"format": "pt", "prunekit": json.dumps(facts)}
-        write_shard(folder / NESTED, planned, contents, metadata)
+        hashes = write_shard(folder / NESTED, planned, contents, metadata)
+        record = {
+            "recipe": facts["recipe"],
+            "nested": {key: facts[key] for key in ("dense_widths", "anchors")},
+            "stats": stats.hash if stats else None,
+            "calibration": stats.provenance if stats else None,
+            "results": {},
+        }
+        write_record(folder, described(model) | record, hashes)
     return Path(path)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prunekit.checkpoint.shards import Entry
+from prunekit.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Assembled:
         return sum(piece.entry.size for piece in self.pieces)
 
     def read(self) -> torch.Tensor:
-        """The parameter, in memory of its own."""
+        """The parameter, in memory of its own.
+
+        Raises:
+            InputError: its pieces are not of one shape.
+        """
         read = [piece.read() for piece in self.pieces]
-        return (torch.cat(read) if len(read) > 1 else read[0]).contiguous()
+        try:
+            return (torch.cat(read) if len(read) > 1 else read[0]).contiguous()
+        except RuntimeError:
+            entry = self.pieces[0].entry
+            raise InputError(f"{entry.path}: {entry.name} does not fit its other half") from None

@@ -14,7 +14,7 @@ from prunekit.arch import Slot, find_mlps, fingerprint, parameter_names
 from prunekit.checkpoint.nested import NESTED, Nested
 from prunekit.checkpoint.pieces import Assembled
 from prunekit.checkpoint.save import PLAN, RECORD, read_record, weight_bytes
-from prunekit.checkpoint.shards import DTYPES, INDEX, SINGLE, Entry, Shards
+from prunekit.checkpoint.shards import DTYPES, Entry, Shards, has_weights
 from prunekit.compact import prune
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
@@ -120,7 +120,8 @@ def model_side(path: str, shape: nn.Module, folder: str | Path | None) -> Side:
     if found != expected or len(dense) != len(found):
         raise InputError(f"{path}: {RECORD}, {PLAN} and config.json are of different models")
     weights = size = None
-    if folder is not None and any((Path(folder) / name).is_file() for name in (INDEX, SINGLE)):
+    # Of others a configuration is enough; what prunekit wrote has weights, or is broken.
+    if record or (folder is not None and has_weights(folder)):
         shards = Shards(folder)
         weights, size = _weights(shape, shards.entries), weight_bytes(folder)
     return Side(
@@ -168,7 +169,7 @@ def nested_side(
             raise InputError(f"{path}: has {_mlps(dense)}, which have no {_mlps(widths)}")
         plan = nested.first(widths)
     else:
-        plan = nested.plan(sparsity or 0.0, nested.facts["recipe"].get("multiple_of", 64))
+        plan = nested.plan(sparsity or 0.0, nested.facts["recipe"]["multiple_of"])
     made = fingerprint(views)
     prune(shape, plan, compensate="none")
     weights = _weights(shape, nested.tensors(plan))
@@ -183,7 +184,7 @@ def nested_side(
         plan.kept,
         recipe,
         made,
-        {},
+        read_record(path) if (Path(path) / RECORD).is_file() else {},
         tuple(view.name for view in views),
         sum(parameter.numel() for parameter in shape.parameters()),
         (Path(path) / NESTED).stat().st_size,

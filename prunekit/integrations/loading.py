@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from prunekit.checkpoint.origin import is_hub_id, origin
 from prunekit.checkpoint.save import remember
+from prunekit.checkpoint.shards import Shards, has_weights
 from prunekit.checkpoint.widths import DECODER_LAYERS
 from prunekit.errors import InputError
 from prunekit.integrations.layer_widths import install
@@ -165,14 +167,20 @@ def load(
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "bf16" if dtype == "auto" else dtype
+    elif has_weights(folder):
+        Shards(folder)  # for what is said of broken files
     hf_logging.disable_progress_bar()
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         if "gguf_file" not in options:
             _prepare(AutoConfig.from_pretrained(folder))
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar knows no switch
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], **options)
-    except (OSError, ValueError, KeyError) as error:
+            loaded, told = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=_DTYPES[dtype], **options
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {model}: cannot be loaded: {_first_line(error)}") from error
+    _check_told(model, told)
     if getattr(loaded.config, "quantization_config", None) is not None:
         del loaded.config.quantization_config
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -180,6 +188,19 @@ def load(
             setattr(loaded, attribute, None)
     _name_origin(loaded, model, folder, options)
     return remember(loaded.to(device).eval(), folder)
+
+
+def _check_told(model: str, told: dict[str, Any]) -> None:
+    """Raise InputError where transformers would go on with random weights."""
+    for name, found, expected in sorted(told["mismatched_keys"]):
+        raise InputError(
+            f"model {model}: {name} is {list(found)}, but the configuration says {list(expected)}"
+        )
+    if missing := sorted(told["missing_keys"]):
+        raise InputError(
+            f"model {model}: its files hold no {missing[0]}, of {len(missing)} tensors that are "
+            "missing; get it anew"
+        )
 
 
 def _name_origin(loaded: Any, model: str, folder: str, options: dict[str, Any]) -> None:
