@@ -173,7 +173,8 @@ def load(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         if "gguf_file" not in options:
-            _prepare(AutoConfig.from_pretrained(folder))
+            options["config"] = AutoConfig.from_pretrained(folder)
+            _prepare(options["config"])
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar knows no switch
             loaded, told = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=_DTYPES[dtype], **options
