@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -452,9 +452,16 @@ def decoder_layers(model: nn.Module, views: list[MLPView]) -> list[nn.Module]:
     return found
 
 
-def fingerprint(views: list[MLPView]) -> str:
-    """A hash of the names, kinds, widths and hidden sizes: the same model pruned gives another."""
-    return digest([(v.name, v.kind, v.act, v.width, v.down.shape[0]) for v in views])
+def fingerprint(views: list[MLPView], widths: Sequence[int] | None = None) -> str:
+    """A hash of the names, kinds, widths and hidden sizes: the same model pruned gives another.
+
+    Args:
+        views: the MLPs of a model.
+        widths: F of each to take instead of its own: the dense ones give a pruned model's origin.
+    """
+    widths = [view.width for view in views] if widths is None else widths
+    pairs = zip(views, widths, strict=True)
+    return digest([(v.name, v.kind, v.act, width, v.down.shape[0]) for v, width in pairs])
 
 
 @torch.no_grad()

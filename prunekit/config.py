@@ -328,10 +328,27 @@ class ReportConfig:
 class InspectConfig:
     """Say what is in a file or folder: statistics, a plan, or a model."""
 
-    path: str = argument("statistics, a plan, a model folder or a .gguf file", metavar="PATH")
-    verify: bool = option(
-        False, "hold every tensor of a model folder against its hash; exit status 1 if one differs"
+    path: str = argument(
+        "statistics, a plan, a model folder, a nested checkpoint, or a .gguf file", metavar="PATH"
     )
+    verify: bool = option(
+        False,
+        "hold every tensor and header of a folder against its hash: exit status 1 if one differs, "
+        "2 if a file is missing, cut short or names what is not there",
+    )
+
+
+@dataclass(frozen=True)
+class DiffConfig:
+    """Say how two plans or two models differ: neurons, recipes, size, and weights."""
+
+    a: str = argument(f"a plan, or a model: {_MODEL}", metavar="A")
+    b: str = argument("the same, of the same dense model", metavar="B")
+    sparsity: float | None = option(
+        None, "of a nested checkpoint: at which to compare it; by default at the other's widths"
+    )
+    limit: int = option(10, "list so many of the tensors that differ most; 0: all")
+    quiet: bool = option(False, "no progress bar")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
 from prunekit.ops.linear import quick_linears
 from prunekit.progress import progress_bar
+from prunekit.tasks.generate import generate_batch, new_text
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ def evaluate_loss(
 
 
 @quick_linears()
-@torch.inference_mode()
 def generate_samples(
     model: nn.Module,
     tokenizer: Any,
@@ -123,22 +123,25 @@ def generate_samples(
     *,
     count: int = 1,
     new_tokens: int = 64,
+    max_length: int = 1024,
 ) -> list[dict[str, str]]:
-    """Continue the first prompts of a corpus greedily: [{"prompt": ..., "completion": ...}]."""
+    """Continue the first prompts of a corpus greedily: [{"prompt": ..., "completion": ...}].
+
+    Of a prompt that is longer than ``max_length``, or leaves the model no position for new tokens,
+    the last tokens are read.
+    """
     corpus = as_corpus(source, tokenizer)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = min(max_length, max(positions - new_tokens, 1)) if positions else max_length
     samples = []
+    was_training = model.training
+    model.eval()
     for example in corpus.examples[:count]:
         prompt = example.text[: example.completion_start] or example.text
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        )
-        completion = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        samples.append({"prompt": prompt, "completion": completion})
+        ids = list(tokenizer(prompt).input_ids)[-longest:]
+        ((tokens, _),) = generate_batch(model, tokenizer, [ids], max_new_tokens=new_tokens)
+        samples.append({"prompt": prompt, "completion": new_text(tokenizer, ids, tokens)})
+    model.train(was_training)
     return samples
 
 
@@ -162,5 +165,8 @@ def evaluate(
     options = {"max_length": max_length, "batch_tokens": batch_tokens, "quiet": quiet}
     corpora = [as_corpus(source, tokenizer) for source in data]
     losses = [evaluate_loss(model, tokenizer, corpus, **options).as_dict() for corpus in corpora]
-    text = generate_samples(model, tokenizer, corpora[0], count=samples) if samples else []
+    text: list[dict[str, str]] = []
+    if samples:
+        wanted = {"count": samples, "max_length": max_length}
+        text = generate_samples(model, tokenizer, corpora[0], **wanted)
     return {"loss": losses, "samples": text}

@@ -88,3 +88,23 @@ def test_a_folder_that_is_not_empty_is_kept_without_force(tmp_path, llama):
 def test_a_folder_of_others_has_no_record(tmp_path):
     with pytest.raises(InputError, match="was not written by prunekit"):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize("widths", [(48, 48), (40, 56)])
+def test_loading_reads_the_configuration_once(widths, tmp_path, llama, monkeypatch):
+    from transformers import PreTrainedConfig
+
+    kept = tuple(torch.arange(k, dtype=torch.int32) for k in widths)
+    pk.prune(llama, PrunePlan(kept, (96, 96)), compensate="none")
+    folder = pk.save(llama, None, tmp_path / "out")
+    read, plain = [], PreTrainedConfig._dict_from_json_file
+
+    def counted(path, *rest):
+        read.append(path)
+        return plain(path, *rest)
+
+    monkeypatch.setattr(PreTrainedConfig, "_dict_from_json_file", counted)
+    assert torch.equal(logits(pk.load(folder)), logits(llama))
+    assert [str(path) for path in read if "generation" not in str(path)] == [
+        str(folder / "config.json")
+    ]

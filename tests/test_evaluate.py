@@ -68,3 +68,28 @@ def test_evaluate_gives_a_row_a_corpus_and_samples(demo_model):
     again = generate_samples(model, tokenizer, corpora[0], count=1)
     assert result["samples"] == again
     assert again[0]["completion"].strip().startswith("Paris")
+
+
+def test_samples_are_what_transformers_generates_greedily(folder):
+    from prunekit.integrations.loading import load_tokenizer
+
+    model, words = pk.load(folder), load_tokenizer(str(folder))
+    rows = [(" ".join(f"w{i}" for i in range(a, b)), 5) for a, b in ((3, 9), (40, 44), (7, 80))]
+    corpus = Corpus("c", tuple(Example(text, start) for text, start in rows))
+
+    def generated(ids):
+        row = torch.tensor([ids])
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        out = model.generate(row, attention_mask=torch.ones_like(row), **options)
+        return words.decode(out[0, len(ids) :], skip_special_tokens=True).split()
+
+    samples = generate_samples(model, words, corpus, count=3, new_tokens=12)
+    for (text, start), sample in zip(rows, samples, strict=True):
+        assert sample["prompt"] == text[:start]
+        assert sample["completion"].split() == generated(words(text[:start]).input_ids) != []
+    whole = Corpus("c", (Example(rows[2][0], 0),))  # 73 words, of 64 positions
+    (cut,) = generate_samples(model, words, whole, new_tokens=12)
+    assert cut["completion"].split() == generated(words(rows[2][0]).input_ids[-52:])
+    model.train()
+    assert generate_samples(model, words, corpus, count=1, new_tokens=12) == samples[:1]
+    assert model.training

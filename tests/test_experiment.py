@@ -14,6 +14,7 @@ from prunekit.evaluate import evaluate_loss
 from prunekit.experiment.knee import bounded, knee, shown
 from prunekit.experiment.off_task import off_task_spent
 from prunekit.experiment.variants import Variant, run_variants
+from tests.models import tiny_model
 
 LIMIT = math.log(1.05)
 
@@ -45,6 +46,38 @@ def test_a_knee_beyond_what_was_measured_is_a_lower_bound():
 def test_no_knee_comes_of_nothing(points):
     with pytest.raises(InputError, match="expected sparsities within"):
         knee(points)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bias", "opt", "gpt2"])
+@pytest.mark.parametrize("method", ["none", "bias", "lstsq", "sequential", "distill"])
+def test_variants_share_the_dense_models_weights_and_change_none(name, method, tokenizer, texts):
+    """Bit for bit what pruning a whole copy gives; only distillation needs one."""
+    model, held_out = tiny_model(name), from_texts(texts[40:])
+    stats = pk.calibrate(model, tokenizer, texts[:40], gram=True, quiet=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    options = {"compensate": method, "steps": 2 if method == "distill" else None}
+    ways = [Variant("w", s, "wanda", **options) for s in (0.3, 0.6)]
+    found = run_variants(model, tokenizer, stats, held_out, ways, multiple_of=8, quiet=True)
+    for outcome in list(found):
+        plan = pk.plan(pk.score(stats, model, "wanda"), outcome.variant.sparsity, multiple_of=8)
+        expected = pk.prune(copy.deepcopy(model), plan, stats=stats, **options)
+        mine, theirs = outcome.model.state_dict(), expected.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        assert outcome.loss == evaluate_loss(expected, tokenizer, held_out, quiet=True)
+        shared = [key for key in mine if mine[key].data_ptr() in pointers(before, model)]
+        assert bool(shared) == (method != "distill")
+        assert not any(".mlp." in key or "fc1" in key for key in shared)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert model.config.to_dict() == config
+
+
+def pointers(names, model):
+    state = model.state_dict()
+    return {state[key].data_ptr() for key in names}
 
 
 def test_a_variant_keeps_its_share_off_task_and_what_was_spent_is_told(llama, tokenizer, texts):

@@ -1,7 +1,6 @@
 """A checkpoint pruned on disk is, tensor by tensor, what pruning it in memory gives."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -233,7 +232,8 @@ def test_verifying_names_the_tensor_in_which_a_byte_flipped(tmp_path):
         CheckError, match=r"layers\.1\.mlp\.up_proj\.weight is not what was written"
     ):
         verify(folder)
-    shutil.copy(folder / "prunekit.json", tmp_path)
-    (folder / "prunekit.json").write_text("{}")
-    with pytest.raises(InputError, match="has no hashes"):
-        verify(folder)
+    record = json.loads((folder / "prunekit.json").read_text())
+    for said, message in (({}, "it lacks format"), (record | {"sha256": None}, "has no hashes")):
+        (folder / "prunekit.json").write_text(json.dumps(said))
+        with pytest.raises(InputError, match=message):
+            verify(folder)

@@ -18,7 +18,9 @@ from torch import nn
 
 from prunekit import files
 from prunekit.arch import MLPView, Slot, find_mlps, parameter_names
-from prunekit.checkpoint.shards import DTYPES, Entry, read_shard
+from prunekit.checkpoint.pieces import Assembled, Piece
+from prunekit.checkpoint.save import described, write_record
+from prunekit.checkpoint.shards import DTYPES, NESTED, Entry, read_shard
 from prunekit.checkpoint.writer import write_shard
 from prunekit.compact import repairs
 from prunekit.compensate import Repair
@@ -26,7 +28,6 @@ from prunekit.errors import InputError
 from prunekit.plan import PrunePlan, kept_width, plan
 from prunekit.stats import NeuronStats
 
-NESTED = "nested.safetensors"
 _KIND, _VERSION = "nested", 1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -91,8 +92,18 @@ class Nested:
             raise InputError(
                 f"sparsity: got {sparsity}; expected a fraction with 0 <= sparsity < 1"
             )
+        dense = self.facts["dense_widths"]
+        counts = [kept_width(w, sparsity, multiple_of) if sparsity else w for w in dense]
+        return self.first(counts, {"sparsity": sparsity})
+
+    def first(self, widths: Sequence[int], recipe: dict[str, Any] | None = None) -> PrunePlan:
+        """The plan that keeps the first so many neurons of each MLP.
+
+        Raises:
+            InputError: an order is none.
+        """
         dense, kept = self.facts["dense_widths"], []
-        for i, width in enumerate(dense):
+        for i, (width, count) in enumerate(zip(dense, widths, strict=True)):
             order = self.entries[f"order.{i}"].read()
             if order.dtype != torch.int32 or not torch.equal(
                 order.sort().values, torch.arange(width, dtype=torch.int32)
@@ -100,18 +111,40 @@ class Nested:
                 raise InputError(
                     f"{self.folder / NESTED}: order.{i} is no order of {width} neurons"
                 )
-            count = kept_width(width, sparsity, multiple_of) if sparsity else width
             kept.append(order[:count].sort().values.int())
-        return PrunePlan(tuple(kept), tuple(dense), self.facts["recipe"] | {"sparsity": sparsity})
+        return PrunePlan(tuple(kept), tuple(dense), self.facts["recipe"] | (recipe or {}))
+
+    def tensors(self, plan: PrunePlan, *, repaired: bool = True) -> dict[str, Assembled]:
+        """The weights of a plan of this checkpoint, by name, none of them read yet.
+
+        Args:
+            plan: from `plan` or `first`.
+            repaired: take the repaired down projections, where the plan's widths are an anchor's.
+        """
+        widths = tuple(plan.widths())
+        anchor = self.anchors.index(widths) if repaired and widths in self.anchors else None
+        inside = {slot["stored"] for slots in self.facts["slots"] for slot in slots}
+        parts = {
+            name: [Piece(entry)]
+            for name, entry in self.entries.items()
+            if name not in inside and not name.startswith(("order.", "repair."))
+        }
+        for i, slots in enumerate(self.facts["slots"]):
+            rank = self.entries[f"order.{i}"].read()[: widths[i]].argsort()
+            for slot in slots:
+                fixed = self._repair(anchor, i, slot)
+                entry = _first(fixed or self.entries[slot["stored"]], widths[i])
+                piece = Piece(entry, None if fixed else rank, slot["rows"], inside=True)
+                parts.setdefault(slot["name"], []).append(piece)
+            bias = self.entries.get(f"repair.{anchor}.{i}.bias")
+            if bias is not None:
+                parts[self.facts["biases"][i]] = [Piece(bias)]
+        return {name: Assembled(tuple(pieces)) for name, pieces in parts.items()}
 
     def read(
         self, plan: PrunePlan, *, repaired: bool = True
     ) -> tuple[dict[str, torch.Tensor], int]:
-        """The weights of a plan of this checkpoint.
-
-        Args:
-            plan: from `plan`.
-            repaired: take the repaired down projections, where the plan's widths are an anchor's.
+        """The weights of a plan, as `tensors` finds them.
 
         Returns:
             The state dict, and the bytes of the MLPs' matrices that were read for it.
@@ -119,31 +152,10 @@ class Nested:
         Cost:
             What is returned, read once and rearranged.
         """
-        widths = tuple(plan.widths())
-        anchor = self.anchors.index(widths) if repaired and widths in self.anchors else None
-        inside = {slot["stored"] for slots in self.facts["slots"] for slot in slots}
-        state = {
-            name: entry.read()
-            for name, entry in self.entries.items()
-            if name not in inside and not name.startswith(("order.", "repair."))
-        }
-        parts: dict[str, list[torch.Tensor]] = {}
-        read = 0
-        for i, slots in enumerate(self.facts["slots"]):
-            rank = self.entries[f"order.{i}"].read()[: widths[i]].argsort()
-            for slot in slots:
-                fixed = self._repair(anchor, i, slot)
-                entry = _first(fixed or self.entries[slot["stored"]], widths[i])
-                rows = entry.read()
-                read += entry.size
-                rows = rows if fixed else rows[rank]
-                parts.setdefault(slot["name"], []).append(rows if slot["rows"] else rows.T)
-            bias = self.entries.get(f"repair.{anchor}.{i}.bias")
-            if bias is not None:
-                state[self.facts["biases"][i]] = bias.read()
-        for name, pieces in parts.items():
-            state[name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).contiguous()
-        return state, read
+        found = self.tensors(plan, repaired=repaired)
+        pieces = [piece for tensor in found.values() for piece in tensor.pieces]
+        read = sum(piece.entry.size for piece in pieces if piece.inside)
+        return {name: tensor.read() for name, tensor in found.items()}, read
 
     def _repair(self, anchor: int | None, i: int, slot: dict) -> Entry | None:
         if anchor is None or slot["role"] != "down":
@@ -152,17 +164,23 @@ class Nested:
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    count = len(facts["dense_widths"])
-    whole = all(type(w) is int and w > 0 for w in facts["dense_widths"])
+    count, recipe = len(facts["dense_widths"]), facts["recipe"]
+    whole = all(_natural(w) for w in facts["dense_widths"])
     for widths in facts["anchors"]:
-        whole &= len(widths) == count and all(type(w) is int for w in widths)
+        whole &= len(widths) == count and all(_natural(w) for w in widths)
     for slots in facts["slots"]:
         for slot in slots:
             whole &= all(isinstance(slot[key], str) for key in ("stored", "name", "role"))
             whole &= isinstance(slot["rows"], bool)
+    whole &= all(name is None or isinstance(name, str) for name in facts["biases"])
+    whole &= isinstance(recipe, dict) and isinstance(recipe["compensate"], str)
     lengths = {count, len(facts["slots"]), len(facts["biases"])}
-    if not whole or len(lengths) > 1 or not isinstance(facts["recipe"], dict):
+    if not whole or len(lengths) > 1 or not _natural(recipe["multiple_of"]):
         raise ValueError
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _first(entry: Entry, rows: int) -> Entry:
@@ -241,7 +259,15 @@ def save_nested(
         planned = [(name, _NAMES[t.dtype], tuple(t.shape)) for name, t, _ in every]
         contents = (t if order is None else t[order.to(t.device).long()] for _, t, order in every)
         metadata = {"format": "pt", "prunekit": json.dumps(facts)}
-        write_shard(folder / NESTED, planned, contents, metadata)
+        hashes = write_shard(folder / NESTED, planned, contents, metadata)
+        record = {
+            "recipe": facts["recipe"],
+            "nested": {key: facts[key] for key in ("dense_widths", "anchors")},
+            "stats": stats.hash if stats else None,
+            "calibration": stats.provenance if stats else None,
+            "results": {},
+        }
+        write_record(folder, described(model) | record, hashes)
     return Path(path)
 
 

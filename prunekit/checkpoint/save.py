@@ -11,7 +11,8 @@ from torch import nn
 
 from prunekit import files
 from prunekit.checkpoint.card import model_card
-from prunekit.checkpoint.shards import Shards
+from prunekit.checkpoint.origin import origin
+from prunekit.checkpoint.shards import NESTED, Shard, Shards, read_shard
 from prunekit.checkpoint.widths import check_widths, differ
 from prunekit.errors import CheckError, InputError
 from prunekit.plan import PrunePlan
@@ -19,6 +20,9 @@ from prunekit.plan import PrunePlan
 RECORD = "prunekit.json"
 PLAN = "plan.safetensors"
 CARD = "README.md"
+_VERSIONS = ("prunekit", "torch", "transformers")
+_SAID = ("format", "model", "parameters", "bytes", "dtype")  # by every record
+_SAID_OF_PRUNING = ("dense_widths", "sparsity", "recipe", "stats", "calibration")
 _REPAIR = ("compensate", "distill_steps", "distill_share")  # of the recipe, recorded by `prune`
 
 
@@ -81,17 +85,29 @@ def finish(
         hashes: sha256 of every tensor, by name.
         results: measurements to record.
     """
-    record = _record(model, results or {})
-    record |= {"bytes": weight_bytes(folder), "sha256": hashes}
     plan: PrunePlan | None = (getattr(model, "prunekit", None) or {}).get("plan")
     if plan is not None:
         plan.save(folder / PLAN)
+    record = described(model) | _pruning(model) | {"results": results or {}}
+    write_record(folder, record, hashes)
+
+
+def write_record(folder: Path, record: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Write ``prunekit.json`` and the model card of it.
+
+    Args:
+        folder: where the weights are.
+        record: what is said of them.
+        hashes: sha256 of every tensor, by name.
+    """
+    headers = {shard.path.name: shard.sha256 for shard in _shards(folder)}
+    record = record | {"bytes": weight_bytes(folder), "headers": headers, "sha256": hashes}
     files.write_json(folder / RECORD, record)
     (folder / CARD).write_text(model_card(record))
 
 
 def verify(folder: str | Path) -> int:
-    """Hold every tensor of a saved model against the hash in its ``prunekit.json``.
+    """Hold every tensor of a saved model, and what its files say of them, against their hashes.
 
     Returns:
         The number of tensors.
@@ -103,49 +119,76 @@ def verify(folder: str | Path) -> int:
     Cost:
         The weights read once.
     """
-    said = read_record(folder).get("sha256")
-    if not isinstance(said, dict):
+    record = read_record(folder)
+    said, headers = record.get("sha256"), record.get("headers", {})
+    if not isinstance(said, dict) or not isinstance(headers, dict):
         raise InputError(f"{folder}: its {RECORD} has no hashes to verify by")
-    entries = Shards(folder).entries
+    shards = _shards(Path(folder))
+    entries = {entry.name: entry for shard in shards for entry in shard.entries}
     if missing := sorted(set(said) ^ set(entries)):
         raise CheckError(f"{folder}: its {RECORD} and its weights do not fit: {missing[0]}")
+    for shard in shards:
+        if headers and headers.get(shard.path.name) != shard.sha256:
+            raise CheckError(f"{shard.path}: its header is not what was written; get it anew")
     for name, entry in entries.items():
         if entry.sha256() != said[name]:
             raise CheckError(f"{entry.path}: {name} is not what was written; get it anew")
     return len(entries)
 
 
+def _shards(folder: Path) -> list[Shard]:
+    """The files of weights of a model, or of a nested checkpoint."""
+    nested = folder / NESTED
+    return [read_shard(nested)] if nested.is_file() else Shards(folder).shards
+
+
 def weight_bytes(folder: str | Path) -> int:
     """Bytes of a model folder's weights on disk."""
-    return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
+    names = ("model*.safetensors", NESTED)
+    return sum(path.stat().st_size for name in names for path in Path(folder).glob(name))
 
 
-def _record(model: nn.Module, results: dict[str, Any]) -> dict[str, Any]:
+def described(model: nn.Module) -> dict[str, Any]:
+    """What a record says of any model: what it is of, and how large."""
     facts = getattr(model, "prunekit", None) or {}
-    plan: PrunePlan | None = facts.get("plan")
-    calibration = facts.get("calibration")
-    record: dict[str, Any] = {
+    source = getattr(model.config, "_name_or_path", "") or ""
+    known = getattr(model, "origin", None) or origin(source)
+    return {
         "format": 1,
-        "model": facts.get("model") or getattr(model.config, "_name_or_path", ""),
+        "model": facts.get("model") or source,
+        **known.metadata(),
         "model_type": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "versions": {name: _version(name) for name in _VERSIONS},
     }
-    if plan is not None:
-        record |= {
-            "recipe": {**plan.recipe, **{k: facts[k] for k in _REPAIR if k in facts}},
-            "sparsity": round(plan.sparsity, 6),
-            "widths": plan.widths(),
-            "dense_widths": list(plan.dense_widths),
-            "widths_differ": differ(plan.dense_widths, plan.widths()) and "padded" not in facts,
-            "padded": facts.get("padded"),
-            "stats": facts["stats"],
-            "calibration": calibration,
-        }
-    if "recovery" in facts:
-        record["recovery"] = facts["recovery"]
-    return record | {"results": results}
+
+
+def _pruning(model: nn.Module) -> dict[str, Any]:
+    """What was done to a model, as far as it remembers."""
+    facts = getattr(model, "prunekit", None) or {}
+    plan: PrunePlan | None = facts.get("plan")
+    recovery = {"recovery": facts["recovery"]} if "recovery" in facts else {}
+    if plan is None:
+        return recovery
+    return {
+        "recipe": {**plan.recipe, **{k: facts[k] for k in _REPAIR if k in facts}},
+        "sparsity": round(plan.sparsity, 6),
+        "widths": plan.widths(),
+        "dense_widths": list(plan.dense_widths),
+        "widths_differ": differ(plan.dense_widths, plan.widths()) and "padded" not in facts,
+        "padded": facts.get("padded"),
+        "stats": facts["stats"],
+        "calibration": facts.get("calibration"),
+        **recovery,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a copy that nobody installed
+        return "0+unknown"
 
 
 def remember(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -161,6 +204,7 @@ def remember(model: nn.Module, folder: str | Path) -> nn.Module:
         return model
     record = read_record(folder)
     facts: dict[str, Any] = {"model": record["model"]}
+    facts |= {key: record[key] for key in ("recovery",) if key in record}
     if (Path(folder) / PLAN).is_file():
         facts |= {name: record[name] for name in ("stats", "calibration")}
         facts |= {k: record["recipe"][k] for k in _REPAIR if k in record["recipe"]}
@@ -173,9 +217,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """Read a saved model's ``prunekit.json``.
 
     Raises:
-        InputError: the folder has none, or it is no JSON.
+        InputError: the folder has none, or it is no JSON, or lacks what every record says.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
         raise InputError(f"{folder}: no {RECORD}; it was not written by prunekit")
-    return files.read_json(path)
+    record = files.read_json(path)
+    said = _SAID + (_SAID_OF_PRUNING if isinstance(record, dict) and "widths" in record else ())
+    missing = [name for name in said if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise InputError(f"{path}: is no record of a model: it lacks {missing[0]}")
+    return record

@@ -17,6 +17,7 @@ from prunekit.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NESTED = "nested.safetensors"
 HEADER_BYTES = 100_000_000  # the format's own limit
 CHUNK = 8 << 20  # bytes written and hashed at a time
 DTYPES = {
@@ -26,6 +27,13 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -92,11 +100,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its tensors in the order of their bytes, and its own metadata."""
+    """One safetensors file: its tensors in the order of their bytes, and its own metadata.
+
+    ``sha256`` is of its header, which says what its bytes mean.
+    """
 
     path: Path
     entries: tuple[Entry, ...]
     metadata: dict[str, str]
+    sha256: str
 
 
 def read_shard(path: Path) -> Shard:
@@ -129,7 +141,7 @@ def read_shard(path: Path) -> Shard:
         place += entry.size
     if place != total:
         raise InputError(f"{path}: has {total} bytes where its header says {place}; get it anew")
-    return Shard(path, tuple(found), metadata)
+    return Shard(path, tuple(found), metadata, hashlib.sha256(text).hexdigest())
 
 
 def _entry(name: str, path: Path, facts: dict, base: int) -> Entry:
@@ -143,6 +155,11 @@ def _entry(name: str, path: Path, facts: dict, base: int) -> Entry:
     if end - begin != size:
         raise InputError(f"{path}: {name} has {end - begin} bytes where its shape says {size}")
     return Entry(name, path, facts["dtype"], shape, base + begin, size)
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether a folder has safetensors, or an index that says so."""
+    return any((Path(folder) / name).is_file() for name in (INDEX, SINGLE))
 
 
 class Shards:
@@ -181,8 +198,9 @@ class Shards:
                 raise InputError(f"{index}: names {name!r}, which is no file of this folder")
         shards = [read_shard(self.folder / name) for name in names]
         held = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
-        if wrong := sorted(set(said.items()) ^ set(held.items())):
-            raise InputError(f"{index}: does not fit its shards: {wrong[0][0]}")
+        for name, file in sorted(said.items()):
+            if held.get(name) != file:
+                raise InputError(f"{index}: does not fit its shards: {name} is not in {file}")
         return shards
 
     def __iter__(self) -> Iterator[Entry]:

@@ -25,6 +25,7 @@ VERBS = (
     "sweep",
     "report",
     "inspect",
+    "diff",
     "env",
 )
 

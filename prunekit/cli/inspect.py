@@ -7,13 +7,14 @@ from pathlib import Path
 
 from prunekit import files
 from prunekit.checkpoint import RECORD, read_record, verify
-from prunekit.checkpoint.nested import NESTED, Nested
+from prunekit.checkpoint.nested import Nested
 from prunekit.checkpoint.widths import differ
 from prunekit.cli.calibrate import describe_stats, summary
 from prunekit.cli.gguf import inspect_gguf
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.config import InspectConfig
 from prunekit.errors import InputError
+from prunekit.integrations.nested import is_nested
 from prunekit.plan import PrunePlan
 from prunekit.stats import NeuronStats
 
@@ -80,7 +81,7 @@ def _plan(plan: PrunePlan, output: Output) -> None:
     )
 
 
-def _nested(nested: Nested, output: Output) -> int:
+def _nested(nested: Nested, output: Output, verified: int | None) -> int:
     facts = nested.facts
     dense, total = facts["dense_widths"], sum(facts["dense_widths"])
     anchors = [1 - sum(widths) / total for widths in nested.anchors]
@@ -91,15 +92,21 @@ def _nested(nested: Nested, output: Output) -> int:
         ("repaired at", ", ".join(f"{s:.1%} removed" for s in anchors) or "no sparsity"),
         ("tensors", megabytes(size)),
         *_facts({k: v for k, v in facts["recipe"].items() if k != "fingerprint"}),
+        *_verified(verified),
     ]
     output.table(f"nested checkpoint {nested.folder}", ("", "value"), rows)
-    output.json({"kind": "nested", "dense_widths": dense, "anchors": anchors, **facts["recipe"]})
+    said = {"kind": "nested", "verified": verified, "dense_widths": dense, "anchors": anchors}
+    output.json(said | facts["recipe"])
     return 0
 
 
+def _verified(count: int | None) -> list[tuple[str, str]]:
+    return [] if count is None else [("verified", f"{count} tensors are what was written")]
+
+
 def _folder(path: Path, output: Output, verified: int | None) -> int:
-    if (path / NESTED).is_file():
-        return _nested(Nested.open(path), output)
+    if is_nested(path):
+        return _nested(Nested.open(path), output, verified)
     if not (path / RECORD).is_file():
         raise InputError(f"{path}: no {RECORD}; it was not written by prunekit")
     record = read_record(path)
@@ -113,8 +120,7 @@ def _folder(path: Path, output: Output, verified: int | None) -> int:
         rows.append(("widths", _widths(record["dense_widths"], record["widths"])))
         rows.append(("sparsity reached", f"{record['sparsity']:.4f}"))
         rows += _facts({k: v for k, v in record["recipe"].items() if k != "fingerprint"})
-    if verified is not None:
-        rows.append(("verified", f"{verified} tensors are what was written"))
+    rows += _verified(verified)
     if recovery := record.get("recovery"):
         loss = recovery["loss"]
         what = f"{recovery['settings']['method']}, {recovery['steps']} steps"

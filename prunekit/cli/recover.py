@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunekit.checkpoint import remember, save
+from prunekit.checkpoint import save
 from prunekit.cli.output import Output, count
 from prunekit.cli.sources import corpora, joined
 from prunekit.config import RecoverConfig
@@ -48,7 +48,7 @@ def run(config: RecoverConfig, output: Output) -> int:
     tokenizer = load_tokenizer(config.model)
     data, held_out = _data(config, tokenizer)
     teacher = _teacher(config, tokenizer)
-    model = remember(load(config.model, device=_device()), config.model)
+    model = load(config.model, device=_device())
     base = model.config._name_or_path
     beside = work / "beside"
     recover(

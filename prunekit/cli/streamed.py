@@ -44,7 +44,7 @@ def stream(config: PruneConfig, output: Output, choose: Callable[..., PrunePlan]
     """Prune on disk, and say what was written."""
     begun = time.perf_counter()
     folder = weights_folder(config.model)
-    checkpoint = Checkpoint(folder, load_shape(str(folder)))
+    checkpoint = Checkpoint(folder, load_shape(config.model))
     stats = NeuronStats.load(config.stats) if config.stats else None
     solvable = stats is not None and stats.target[0].gram is not None
     method = config.compensate or ("lstsq" if solvable else "none")

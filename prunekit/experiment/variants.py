@@ -17,6 +17,7 @@ from prunekit.contrast import weigh
 from prunekit.corpus import Corpus
 from prunekit.criteria import score
 from prunekit.evaluate import Loss, evaluate_loss
+from prunekit.experiment.twin import twin
 from prunekit.plan import plan
 from prunekit.stats import NeuronStats
 
@@ -64,6 +65,9 @@ def run_variants(
 ) -> Iterator[Outcome]:
     """Prune a copy of the model by each variant and measure it; the dense model stays as it is.
 
+    A copy shares with the model, and with the others, every matrix that pruning leaves alone; one
+    that distills, which trains them, shares none.
+
     Neurons are scored once a criterion, seed and weight of the distractor, and that time counts
     for every variant. Budget allocation reads the loss by width off the scores: those of
     reconstruction_fisher.
@@ -74,7 +78,7 @@ def run_variants(
         if variant.keep_off_task != knob:
             knob = variant.keep_off_task
             weighed = weigh(stats, knob)
-        smaller = copy.deepcopy(model)
+        smaller = copy.deepcopy(model) if variant.compensate == "distill" else twin(model)
         begun = time.perf_counter()
         way = variant.criterion, variant.seed, knob
         if way not in scored:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from prunekit.checkpoint.origin import is_hub_id, origin
+from prunekit.checkpoint.save import remember
+from prunekit.checkpoint.shards import Shards, has_weights
 from prunekit.checkpoint.widths import DECODER_LAYERS
 from prunekit.errors import InputError
 from prunekit.integrations.layer_widths import install
 from prunekit.integrations.nested import is_nested, load_nested
 
 DEMO = "demo"
-_DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": "auto"}
 
 
@@ -188,25 +193,66 @@ def load(
         from prunekit.integrations.gguf import gguf_dtype, load_gguf
 
         loaded = load_gguf(file, gguf_dtype(file) if dtype == "auto" else _DTYPES[dtype])
-        if model == DEMO:
-            loaded.config._name_or_path = _DEMO_NAME
+        _name_origin(loaded, model, folder, options)
         return loaded.to(device).eval()
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "bf16" if dtype == "auto" else dtype
+    elif has_weights(folder):
+        Shards(folder)  # for what is said of broken files
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         if "gguf_file" not in options:
-            _prepare(AutoConfig.from_pretrained(folder))
+            options["config"] = AutoConfig.from_pretrained(folder)
+            _prepare(options["config"])
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar knows no switch
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], **options)
-    except (OSError, ValueError, KeyError) as error:
+            loaded, told = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=_DTYPES[dtype], **options
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {model}: cannot be loaded: {_first_line(error)}") from error
+    _check_told(model, told)
     if getattr(loaded.config, "quantization_config", None) is not None:
         del loaded.config.quantization_config
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(loaded, attribute):
             setattr(loaded, attribute, None)
-    return loaded.to(device).eval()
+    _name_origin(loaded, model, folder, options)
+    return remember(loaded.to(device).eval(), folder)
+
+
+def _check_told(model: str, told: dict[str, Any]) -> None:
+    """Raise InputError where transformers would go on with random weights."""
+    for name, found, expected in sorted(told["mismatched_keys"]):
+        raise InputError(
+            f"model {model}: {name} is {list(found)}, but the configuration says {list(expected)}"
+        )
+    if missing := sorted(told["missing_keys"]):
+        raise InputError(
+            f"model {model}: its files hold no {missing[0]}, of {len(missing)} tensors that are "
+            "missing; get it anew"
+        )
+
+
+def _name_origin(loaded: Any, model: str, folder: str, options: dict[str, Any]) -> None:
+    """Let what is made of a model say what it was made from (`checkpoint.origin`)."""
+    if file := options.get("gguf_file"):  # which the loaded model knows no more
+        loaded.config._name_or_path = _DEMO_NAME if model == DEMO else model
+        loaded.origin = origin(str(Path(folder) / file))
+    if model == DEMO:
+        loaded.origin = replace(loaded.origin, base_model=_DEMO_NAME)
+    elif is_hub_id(model):
+        _fetch_readme(model)
+
+
+def _fetch_readme(hub_id: str) -> None:
+    """Bring a model's README into the hub's cache, where there is one and the network: it has the
+    licence."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with contextlib.suppress(OSError, ValueError, HfHubHTTPError):
+        hf_hub_download(hub_id, "README.md")
 
 
 def _first_line(error: Exception) -> str:

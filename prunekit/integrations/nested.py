@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prunekit.arch import find_mlps
+from prunekit.checkpoint import RECORD, read_record
 from prunekit.checkpoint.nested import NESTED, Nested
 from prunekit.compact import prune
 from prunekit.errors import InputError
@@ -17,8 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_nested(folder: str | Path) -> bool:
-    """Whether a folder is a nested checkpoint."""
-    return (Path(folder) / NESTED).is_file()
+    """Whether a folder is a nested checkpoint, or says that it is one and lost its file.
+
+    Raises:
+        InputError: it was written by prunekit, and its record is broken.
+    """
+    written = (Path(folder) / RECORD).is_file()
+    return (Path(folder) / NESTED).is_file() or (written and "nested" in read_record(folder))
 
 
 def load_nested(
@@ -48,7 +54,7 @@ def load_nested(
         Matryoshka-like slicing as in MatFormer, arXiv 2310.07707, without its training.
     """
     nested = Nested.open(folder)
-    multiple = multiple_of or nested.facts["recipe"].get("multiple_of", 64)
+    multiple = multiple_of or nested.facts["recipe"]["multiple_of"]
     plan = nested.plan(sparsity, multiple)
     dense = tuple(view.width for view in find_mlps(shape, verify=False))
     if dense != plan.dense_widths:
@@ -69,6 +75,10 @@ def load_nested(
     if strange := sorted({*told["missing_keys"], *told["unexpected_keys"]}):
         raise InputError(f"{folder}: does not fit its configuration: {strange[0]}")
     method = nested.facts["recipe"]["compensate"] if at_anchor else "none"
-    facts = {"compensate": method, "stats": None, "calibration": None, "bytes_read": read}
-    model.prunekit = {"plan": plan, **facts}
+    facts: dict[str, Any] = {"plan": plan, "compensate": method, "bytes_read": read}
+    said = read_record(folder) if (Path(folder) / RECORD).is_file() else {}
+    facts |= {name: said.get(name) for name in ("stats", "calibration")}
+    facts |= {"model": said["model"]} if said else {}
+    model.prunekit = facts
+    model.config._name_or_path = str(folder)  # by which its origin is found
     return model
