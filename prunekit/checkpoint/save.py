@@ -13,6 +13,7 @@ from prunekit import files
 from prunekit.checkpoint.card import model_card
 from prunekit.checkpoint.shards import Shards
 from prunekit.checkpoint.widths import check_widths, differ
+from prunekit.checkpoint.writer import write_index
 from prunekit.errors import CheckError, InputError
 from prunekit.plan import PrunePlan
 
@@ -86,6 +87,7 @@ def finish(
     plan: PrunePlan | None = (getattr(model, "prunekit", None) or {}).get("plan")
     if plan is not None:
         plan.save(folder / PLAN)
+        write_index(folder)  # without one vLLM takes the plan's tensors for weights
     files.write_json(folder / RECORD, record)
     (folder / CARD).write_text(model_card(record))
 
