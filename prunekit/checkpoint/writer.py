@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from prunekit.checkpoint.shards import CHUNK, DTYPES, Entry
+from prunekit import files
+from prunekit.checkpoint.shards import CHUNK, DTYPES, INDEX, SINGLE, Entry, Shards
 from prunekit.errors import InputError
 
 
@@ -52,6 +53,18 @@ def write_shard(
     except OSError as error:
         raise InputError(f"{path.name}: cannot be written: {error.strerror}") from error
     return hashes
+
+
+def write_index(folder: Path) -> None:
+    """Say that a folder's weights lie in one file, unless an index says already where they lie.
+
+    Some loaders take every safetensors file of a folder without an index for weights.
+    """
+    weights = Shards(folder)
+    if not weights.sharded:
+        total = sum(entry.size for entry in weights)
+        where = {entry.name: SINGLE for entry in weights}
+        files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _header(planned, metadata: dict[str, str] | None) -> bytes:

@@ -1,0 +1,32 @@
+"""Whether another engine continues prompts greedily as transformers does, token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+NEAR_TIE = 0.25  # nats; bf16 holds logits of 16 to 32, as these models have, to 0.0625 either way
+
+
+@torch.no_grad()
+def shortfalls(model: nn.Module, prompt: list[int], continuation: list[int]) -> list[float]:
+    """How much less likely each token of a continuation is than the likeliest one, in nats.
+
+    Each is judged after the tokens that the continuation itself has before it, so that one near-tie
+    that fell the other way says nothing of what follows.
+
+    Args:
+        model: of transformers.
+        prompt: the token ids that were continued.
+        continuation: the token ids that the other engine put after them.
+
+    Returns:
+        A number a token, 0 where it is the likeliest.
+
+    Cost:
+        One forward over both.
+    """
+    ids = torch.tensor([prompt + continuation], device=model.device)
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    taken = logits.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+    return (logits.max(-1).values - taken).tolist()

@@ -1,0 +1,92 @@
+"""vLLM continues prompts greedily as transformers does, whatever the widths of the MLPs."""
+
+import itertools
+
+import pytest
+import torch
+
+import prunekit as pk
+from bench.agreement import NEAR_TIE, shortfalls
+from prunekit.arch import find_mlps
+from prunekit.checkpoint.widths import DECODER_LAYERS
+from prunekit.plan import PrunePlan
+from tests.vllm.models import dense, even, uneven
+
+TOKENS = 32
+PROMPTS = [[5, 6, 7, 9], [20, 21, 22, 23, 24, 25, 26], [40]]
+TEXTS = [
+    "def fibonacci(n):\n",
+    "The capital of France is",
+    "Write a function to find the largest number in a list.\n",
+]
+
+
+def continued(model, prompts=PROMPTS):
+    """What transformers puts greedily after each prompt, one prompt at a time."""
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def widths_of(model):
+    return [view.width for view in find_mlps(model)]
+
+
+def check(vllm, model, folder, **options):
+    """vLLM builds the model's widths and continues as it does, token for token in fp32."""
+    pk.save(model, None, folder)
+    vllm.load(str(folder), dtype="float32", skip_tokenizer_init=True, **options)
+    assert vllm.widths() == widths_of(model)
+    assert vllm.continues(PROMPTS, TOKENS) == continued(model)
+
+
+@pytest.mark.parametrize("model_type", sorted(DECODER_LAYERS))
+def test_widths_that_differ_by_layer(model_type, tmp_path, vllm):
+    model = uneven(model_type)
+    assert len(set(widths_of(model))) == 2
+    check(vllm, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_widths_that_differ_through_the_transformers_backend(model_type, tmp_path, vllm):
+    check(vllm, uneven(model_type), tmp_path / "out", model_impl="transformers")
+
+
+@pytest.mark.parametrize("make", [dense, even])
+def test_one_width_with_the_plugin_and_without(make, tmp_path, vllm, vllm_without_plugins):
+    check(vllm, make(), tmp_path / "out")
+    check(vllm_without_plugins, make(), tmp_path / "again")
+
+
+def test_without_the_plugin_several_widths_are_refused(tmp_path, vllm_without_plugins):
+    with pytest.raises(RuntimeError, match="'intermediate_size' is a per-layer attribute"):
+        check(vllm_without_plugins, uneven(), tmp_path / "out")
+
+
+def keep(model, widths):
+    """The model with so many neurons a layer, those of the largest weights."""
+    scores = pk.score(None, model, "magnitude_l2")
+    kept = [s.topk(w).indices.sort().values.int() for s, w in zip(scores, widths, strict=False)]
+    return pk.prune(model, PrunePlan(tuple(kept), tuple(widths_of(model))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("widths", [(1216,), (1472, 960)], ids=["20 percent", "differing"])
+def test_the_demo_model(widths, dtype, tmp_path, vllm, demo_model):
+    _, tokenizer = demo_model
+    model = keep(pk.load("demo", device="cpu"), itertools.cycle(widths))
+    pk.save(model, tokenizer, tmp_path / "out")
+    vllm.load(str(tmp_path / "out"), dtype=dtype)
+    assert vllm.widths() == widths_of(model)
+    assert set(vllm.widths()) == set(widths)
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    found = vllm.continues(prompts, TOKENS)
+    if dtype == "float32":
+        assert found == continued(model.float(), prompts)
+    else:
+        lost = [shortfalls(model, p, c) for p, c in zip(prompts, found, strict=True)]
+        assert max(max(each) for each in lost) <= NEAR_TIE
