@@ -1,7 +1,7 @@
 """Loads GGUF files of the architectures that prunekit writes; transformers loads the others.
 
-transformers reads these too, but drops a llama's biases and its rotary scaling without a word, knows
-one size of a qwen3's heads, and takes ten times as long.
+transformers reads these too, but drops a llama's biases and its rotary scaling without a word,
+knows one size of a qwen3's heads, and takes ten times as long.
 """
 
 from __future__ import annotations
