@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import prunekit as pk
+from bench.agreement import shortfalls
 from prunekit.arch import find_mlps
 from prunekit.checkpoint.gguf import save_gguf
 from prunekit.checkpoint.gguf_read import read_gguf
@@ -76,15 +77,6 @@ def greedy(engine: llama_cpp.Llama, ids: Sequence[int]) -> list[int]:
     return found
 
 
-@torch.no_grad()
-def gaps(model: torch.nn.Module, ids: Sequence[int], continuation: Sequence[int]) -> list[float]:
-    """By how many nats transformers likes another token better, for each token; 0: it does not."""
-    every = torch.tensor([[*ids, *continuation]])
-    logits = model(every, use_cache=False).logits[0, len(ids) - 1 : -1].float()
-    taken = logits.gather(1, every[0, len(ids) :, None])
-    return (logits.max(-1, keepdim=True).values - taken).squeeze(1).tolist()
-
-
 def check(model: Model) -> bool:
     """Print how the continuations of three prompts compare, and return whether they agree."""
     reference, tokenizer = pk.load(model.path, dtype="fp32"), load_tokenizer(str(model.path))
@@ -96,7 +88,7 @@ def check(model: Model) -> bool:
             print(f"{model.name}: {text!r} becomes other tokens")
             return False
         ours = greedy(model.engine, ids)
-        apart = [(i, gap) for i, gap in enumerate(gaps(reference, ids, ours)) if gap > 0]
+        apart = [(i, gap) for i, gap in enumerate(shortfalls(reference, ids, ours)) if gap > 0]
         told = "equal" if not apart else ", ".join(f"token {i}: {gap:.4f} nats" for i, gap in apart)
         print(f"{model.name:12} {told:34} {tokenizer.decode(ours)[:60]!r}", flush=True)
         fine &= all(gap < NEAR_TIE for _, gap in apart)
