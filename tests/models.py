@@ -56,19 +56,25 @@ TINY = {
 
 
 def tiny_model(name: str, **options) -> nn.Module:
-    """A random fp32 model in evaluation mode, the same on every call; biases are not zero."""
+    """A `random_model` of an architecture, its configuration's defaults overridden."""
     import transformers
 
     kind, defaults, _ = TINY[name]
-    config = getattr(transformers, kind)(**(defaults | options))
+    return random_model(getattr(transformers, kind)(**(defaults | options)), std=0.15)
+
+
+def random_model(config, std: float) -> nn.Module:
+    """A random fp32 model in evaluation mode, the same on every call; biases are not zero."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
                 parameter.normal_(std=0.1)
             elif parameter.dim() > 1:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=std)
     return model
 
 

@@ -240,5 +240,5 @@ template <typename Way>
 static Kernels kernels_of(Act act, int64_t tokens) {
   constexpr bool wide = PRUNEKIT_VECTOR_BYTES == 64;
   return wide && tokens == 1 && cpu_is_amd() ? kernels_reading<Followed<Way>>(act)
-                                     : kernels_reading<FetchedAhead<Way>>(act);
+                                             : kernels_reading<FetchedAhead<Way>>(act);
 }

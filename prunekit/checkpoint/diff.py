@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prunekit.checkpoint.card import corpora
-from prunekit.checkpoint.sides import Side, Weights
+from prunekit.checkpoint.sides import Side, Weights, mlps
 from prunekit.compact import gathered
 from prunekit.errors import InputError
 
@@ -75,7 +75,7 @@ class TensorDifferences:
 def check_one_origin(a: Side, b: Side) -> None:
     """Raise InputError unless both keep neurons of the same dense model, as far as can be told."""
     if a.dense_widths != b.dense_widths:
-        what = " and ".join(_described(side.dense_widths) for side in (a, b))
+        what = " and ".join(mlps(side.dense_widths) for side in (a, b))
     elif a.fingerprint and b.fingerprint and a.fingerprint != b.fingerprint:
         what = "their MLPs' names, activations or hidden sizes differ"
     elif all(side.record.get("model") for side in (a, b)) and not _names(a) & _names(b):
@@ -86,10 +86,6 @@ def check_one_origin(a: Side, b: Side) -> None:
         f"{a.path} and {b.path}: expected plans or models of one dense model, got those of two: "
         f"{what}"
     )
-
-
-def _described(widths: tuple[int, ...]) -> str:
-    return f"{len(widths)} MLPs of {', '.join(map(str, sorted(set(widths))))} neurons"
 
 
 def _names(side: Side) -> set[str]:

@@ -40,6 +40,8 @@ ALIASES = {
     "refact": "smollm",
     "deepseek-r1-qwen": "qwen2",
 }
+# What transformers calls a special token, and what a GGUF file does.
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -224,7 +226,7 @@ def _prefixed(said: dict) -> bool:
 def _special(tokenizer: Any) -> dict[str, int | bool]:
     """The ids of special tokens, and which of them begin and end every text."""
     facts: dict[str, int | bool] = {}
-    for name in ("bos", "eos", "unk", "pad"):
+    for name in SPECIAL:
         id = getattr(tokenizer, f"{name}_token_id", None)
         if id is not None:
             facts[f"{name}_token_id"] = id

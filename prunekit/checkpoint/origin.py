@@ -102,13 +102,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _of_gguf(path: Path) -> Origin:
-    from gguf import GGUFReader
+    from prunekit.checkpoint.gguf_read import read_gguf
 
-    fields = GGUFReader(path).fields
+    keys = read_gguf(path).keys
 
     def said(key: str) -> str | None:
-        field = fields.get(f"general.{key}")
-        value = None if field is None else field.contents()
+        value = keys.get(f"general.{key}")
         return value if isinstance(value, str) else None
 
     url = said("source.repo_url") or said("base_model.0.repo_url") or ""

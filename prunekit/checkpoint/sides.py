@@ -166,7 +166,7 @@ def nested_side(
         raise InputError(f"{path}: {NESTED} and config.json are of different models")
     if sparsity is None and widths is not None:
         if len(widths) != len(dense) or any(w > d for w, d in zip(widths, dense, strict=True)):
-            raise InputError(f"{path}: has {_mlps(dense)}, which have no {_mlps(widths)}")
+            raise InputError(f"{path}: has {mlps(dense)}, which have no {mlps(widths)}")
         plan = nested.first(widths)
     else:
         plan = nested.plan(sparsity or 0.0, nested.facts["recipe"]["multiple_of"])
@@ -193,7 +193,8 @@ def nested_side(
     )
 
 
-def _mlps(widths: Sequence[int]) -> str:
+def mlps(widths: Sequence[int]) -> str:
+    """How many MLPs there are and of what widths, in words."""
     return f"{len(widths)} MLPs of {', '.join(map(str, sorted(set(widths))))} neurons"
 
 

@@ -77,7 +77,7 @@ def _weights(
         tied = set(getattr(shape, "all_tied_weights_keys", None) or ())
         expected = {k: tuple(v.shape) for k, v in shape.state_dict().items() if k not in tied}
         if all(k in entries and entries[k].shape == v for k, v in expected.items()):
-            return shape, lambda name: entries[name].read()
+            return shape, lambda name: entries[name].mapped()
     return load(config.model, dtype=config.dtype), None
 
 

@@ -21,12 +21,12 @@ from prunekit.checkpoint.gguf_layout import (
     rearranged,
 )
 from prunekit.checkpoint.gguf_read import GGUF, read_gguf
+from prunekit.checkpoint.gguf_vocab import SPECIAL
 from prunekit.errors import InputError
 from prunekit.integrations.layer_widths import install
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _TYPES = {"llama": "llama", "deci": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def reads(path: str | Path) -> bool:
@@ -91,7 +91,7 @@ def _config(file: GGUF) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_parameters": _rope(file, size),
     }
-    for ours, theirs in _IDS.items():
+    for ours, theirs in SPECIAL.items():
         said[f"{ours}_token_id"] = file.keys.get(f"tokenizer.ggml.{theirs}_token_id")
     if file.architecture == "qwen2":
         del said["head_dim"]  # it has none of its own

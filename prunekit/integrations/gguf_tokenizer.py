@@ -13,12 +13,11 @@ from typing import Any
 from gguf import TokenType
 
 from prunekit.checkpoint.gguf_read import read_gguf
-from prunekit.checkpoint.gguf_vocab import ALIASES, PRE_TOKENIZERS
+from prunekit.checkpoint.gguf_vocab import ALIASES, PRE_TOKENIZERS, SPECIAL
 from prunekit.errors import InputError
 
 _KEY = "tokenizer.ggml."
 _BEGIN = ("llama-bpe", "tekken")  # where llama.cpp begins a text with bos unless the file says no
-_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def gguf_tokenizer(path: str | Path) -> Any:
@@ -38,7 +37,7 @@ def gguf_tokenizer(path: str | Path) -> Any:
     try:
         special = {
             f"{ours}_token": keys["tokens"][keys[f"{theirs}_token_id"]]
-            for ours, theirs in _NAMES.items()
+            for ours, theirs in SPECIAL.items()
             if f"{theirs}_token_id" in keys
         }
         backend = _byte_level(keys, name, special)

@@ -131,7 +131,7 @@ def load_shape(model: str, *, dtype: str = "auto") -> Any:
             wanted = gguf_dtype(file) if dtype == "auto" else wanted
         else:
             config = AutoConfig.from_pretrained(folder, **options)
-        _prepare(config)
+            _prepare(config)
         if wanted == "auto":
             wanted = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):

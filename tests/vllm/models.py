@@ -5,6 +5,7 @@ import torch
 import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.plan import PrunePlan
+from tests.models import random_model
 
 WIDTH = 384
 _HEADS = {"hidden_size": 128, "num_attention_heads": 4}
@@ -26,19 +27,10 @@ _TOKENS = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2, "pad_token_i
 
 def dense(model_type="llama"):
     """A random fp32 model of two layers, the same on every call; biases are not zero."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     sizes = _OWN.get(model_type, _COMMON)
-    config = AutoConfig.for_model(model_type, **sizes, **_TOKENS)
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=0.08)
-    return model
+    return random_model(AutoConfig.for_model(model_type, **sizes, **_TOKENS), std=0.08)
 
 
 def pruned(model_type, thirds):
