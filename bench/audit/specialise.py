@@ -68,6 +68,11 @@ def _backend_hash(arch: str) -> str:
 
 
 @cache
+def _option_names(arch: str) -> frozenset[str]:
+    return frozenset(_backend(arch).parse_options({}).__dict__)
+
+
+@cache
 def _binder(kernel, arch: str):
     return create_function_from_signature(kernel.signature, kernel.params, _backend(arch))
 
@@ -82,8 +87,9 @@ def specialise(launch: Launch, arch: str) -> Specialisation:
     """
     kernel, backend = launch.kernel, _backend(arch)
     bound, types, _ = _binder(kernel, arch)(**launch.arguments, **launch.options)
-    # The runtime always passes these three, from the environment.
+    # The runtime always passes these, from the environment; the third since Triton 3.9.
     named = {"debug": False, "instrumentation_mode": "", "fpsan_homomorphic_casts": False}
+    named = {k: v for k, v in named.items() if k in _option_names(arch)}
     options, signature, constants, attributes = kernel._pack_args(
         backend, named | launch.options, bound, types, None
     )
