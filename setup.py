@@ -71,7 +71,9 @@ def extension() -> dict:
 
     class OptionalBuild(BuildExtension):
         def run(self) -> None:
+            compiler = self.compiler  # a name, which building replaces by what compiles
             for module, instead in zip(attempts, [*attempts[1:], None], strict=True):
+                self.compiler = compiler
                 self.extensions = self.distribution.ext_modules = [module]
                 try:
                     super().run()

@@ -81,7 +81,8 @@ def _gated_act_stats_kernel(
             abs_sum += tl.abs(value)
             total += value
             square_sum += value * value
-            max_abs = tl.maximum(max_abs, tl.abs(rounded), propagate_nan=tl.PropagateNan.ALL)
+            larger = tl.maximum(max_abs, tl.abs(rounded), propagate_nan=tl.PropagateNan.ALL)
+            max_abs = larger.to(h.dtype.element_ty)  # before Triton 3.9, of bf16 it is fp32
             even, odd = tl.split(tl.reshape(g > 0, [BLOCK_F // 2, 2]))
             active += even.to(tl.uint32) + (odd.to(tl.uint32) << 16)
 

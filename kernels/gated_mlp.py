@@ -13,6 +13,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CANDIDATES: dict[str, list[Config]] = {
     "gated_mlp": [{"PATH": "decode"}, {"PATH": "prefill"}, {"PATH": "torch"}],
     "gated_mlp_stats": [{"PATH": "prefill"}, {"PATH": "torch"}],
+    "gated_mlp_backward": [{"PATH": "triton"}, {"PATH": "torch"}],
 }
 
 Optional = torch.Tensor | None
@@ -40,6 +41,14 @@ def stats_path(x: torch.Tensor, gate: torch.Tensor) -> str:
     return str(
         choose("gated_mlp_stats", arch, x.dtype, *shape, default={"PATH": "prefill"})["PATH"]
     )
+
+
+def backward_path(x: torch.Tensor, gate: torch.Tensor) -> str:
+    """Return what serves the gradients: triton, or torch's products over what Triton rebuilds."""
+    arch = architecture(x.device)
+    default = {"PATH": "triton"}
+    shape = x.shape[0], x.shape[1], gate.shape[0]
+    return str(choose("gated_mlp_backward", arch, x.dtype, *shape, default=default)["PATH"])
 
 
 def gated_mlp_triton(

@@ -17,7 +17,6 @@ from prunekit.plan import kept_width
 from prunekit_kernels.gated_act_stats import gated_act_stats_triton
 from prunekit_kernels.gated_mlp_backward import gated_mlp_backward
 from prunekit_kernels.gated_mlp_decode import gated_mlp_decode
-from prunekit_kernels.gated_mlp_indexed import gated_mlp_indexed_triton
 from prunekit_kernels.gated_mlp_prefill import gated_mlp_prefill, gated_mlp_prefill_stats
 from prunekit_kernels.gram_update import gram_update_triton
 from prunekit_kernels.launch import recorded
@@ -136,7 +135,7 @@ def _indexed(problem: Problem, tokens: int) -> None:
     x = problem.empty(tokens, problem.model.hidden_size)
     weights = replace(problem, width=problem.model.dense_width).weights()
     index = problem.empty(problem.width, dtype=torch.int32)
-    gated_mlp_indexed_triton(x, *weights, index, None, None, None, problem.act)
+    gated_mlp_decode(x, *weights, None, None, None, problem.act, index)
 
 
 def _gram_update(problem: Problem, tokens: int) -> None:
@@ -162,7 +161,6 @@ def _prefill_cost(t: int, d: int, f: int) -> Cost:
 _DUAL = frozenset({"dual_product", "down_product"})
 _DECODE = frozenset({"decode_hidden", "decode_down"})
 _BACKWARD = frozenset({"backward_hidden", "grad_x", "grad_weight"})
-_INDEXED = frozenset({"indexed_hidden", "indexed_down"})
 _SMALL = "its fp32 tiles have two elements a lane on AMD, which are whole sectors still"
 _NARROW = {"decode_combine": "64 bits a lane are whole sectors of a workspace beside the weights"}
 
@@ -178,15 +176,8 @@ CASES = (
     # A single token is no matrix: sums in fp32, without tensor cores.
     Case("gated_mlp_decode", 1, _decode, _mlp_cost, narrow=_NARROW),
     Case("gated_mlp_decode", 8, _decode, _mlp_cost, _DECODE, _NARROW),
-    Case(
-        "gated_mlp_indexed",
-        8,
-        _indexed,
-        _mlp_cost,
-        _INDEXED,
-        {**_NARROW, "indexed_down fp32": _SMALL},
-    ),
-    Case("gated_mlp_indexed", PREFILL_TOKENS, _indexed, _prefill_cost, _INDEXED),
+    Case("gated_mlp_indexed", 1, _indexed, _mlp_cost, narrow=_NARROW),
+    Case("gated_mlp_indexed", 8, _indexed, _mlp_cost, _DECODE, _NARROW),
     Case(
         "gram_update",
         PREFILL_TOKENS,

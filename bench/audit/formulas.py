@@ -57,30 +57,17 @@ def _down_product(a: Arguments) -> int:
 
 
 def _decode_hidden(a: Arguments) -> int:
-    again = _blocks(len(a["gate"]), a["BLOCK_R"])  # each block of rows reads all of x
-    return _once(a) + (again - 1) * nbytes(a["x"])
+    index, again = a["index"], _blocks(a["kept"], a["BLOCK_R"])  # a block of rows reads all of x
+    moved = _once(a) + (again - 1) * nbytes(a["x"])
+    if index is not None:  # of gate, up and h only what it names
+        width = len(a["gate"])
+        moved -= nbytes(a["gate"], a["up"], a["h"]) * (width - a["kept"]) // width
+    return moved
 
 
 def _decode_down(a: Arguments) -> int:
     again = _blocks(len(a["down"]), a["BLOCK_R"])
     return _once(a) + (again - 1) * nbytes(a["h"])
-
-
-def _indexed_hidden(a: Arguments) -> int:
-    x, h, index = a["x"], a["h"], a["index"]
-    kept = nbytes(a["gate"], a["up"]) * len(index) // len(a["gate"])
-    row_tiles, column_tiles = _blocks(len(x), a["BLOCK_M"]), _blocks(len(index), a["BLOCK_N"])
-    return column_tiles * nbytes(x) + row_tiles * (kept + nbytes(index)) + nbytes(h)
-
-
-def _indexed_down(a: Arguments) -> int:
-    h, down, index, block = a["h"], a["down"], a["index"], a["BLOCK_K"]
-    # Of each row of down, the sectors that a step's neurons lie in, whole.
-    neurons = (index * down.element_size() // SECTOR).split(block)
-    row = SECTOR * sum(len(step.unique()) for step in neurons)
-    row_tiles, column_tiles = _blocks(len(h), a["BLOCK_M"]), _blocks(len(down), a["BLOCK_N"])
-    read = column_tiles * (nbytes(h) + row_tiles * nbytes(index)) + row_tiles * len(down) * row
-    return read + nbytes(a["out"])
 
 
 def _gram_update(a: Arguments) -> int:
@@ -119,8 +106,6 @@ FORMULAS: dict[str, tuple[Callable[[Arguments], int], float]] = {
     "decode_hidden": (_decode_hidden, STREAMING),
     "decode_down": (_decode_down, STREAMING),
     "decode_combine": (_once, STREAMING),
-    "indexed_hidden": (_indexed_hidden, PRODUCT),
-    "indexed_down": (_indexed_down, PRODUCT),
     "gram_update": (_gram_update, PRODUCT),
     "backward_hidden": (_backward_hidden, PRODUCT),
     "grad_x": (_grad_x, PRODUCT),

@@ -133,14 +133,14 @@ def _decode(tokens: int) -> Run:
 
 def _indexed() -> Run:
     from bench.audit.meter import apart
-    from prunekit_kernels.gated_mlp_indexed import gated_mlp_indexed_triton
+    from prunekit_kernels.gated_mlp_decode import gated_mlp_decode
 
-    x, weights = _numbers(190, 336), _weights(336, 608)
-    index = apart(torch.randperm(608)[:400].sort().values)
+    x, weights = _numbers(1, 592), _weights(592, 1104)
+    index = apart(torch.randperm(1104)[:720].sort().values)
     return Run(
         "gated_mlp_indexed",
-        "T 190, D 336, F 400 of 608",
-        lambda: gated_mlp_indexed_triton(x, *weights, index, None, None, None, 0),
+        "T 1, D 592, F 720 of 1104",
+        lambda: gated_mlp_decode(x, *weights, None, None, None, 0, index),
     )
 
 

@@ -30,8 +30,8 @@ _ODD_WIDTH = 6271
 _ODD_OPERATIONS = {
     "gated_mlp_decode@1": ("decode_hidden",),
     "gated_mlp_decode@8": ("decode_hidden",),
-    "gated_mlp_indexed@8": ("indexed_hidden", "indexed_down"),
-    "gated_mlp_indexed": ("indexed_hidden", "indexed_down"),
+    "gated_mlp_indexed@1": ("decode_hidden",),
+    "gated_mlp_indexed@8": ("decode_hidden",),
 }
 _UNALIGNED = "at odd sizes rows begin at odd places"
 _ELEMENTWISE = "at odd sizes every element has a load, an address and a mask of its own"

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the steps")
     add("--shapes", choices=tuple(SUITES), default="models")
     add("--out", type=Path, help="folder of the results (default: bench/results)")
-    add("--only", default="", help="only entries whose name contains this")
+    add("--only", nargs="+", default=[""], help="only entries whose name contains one of these")
     add("--rounds", type=int, default=25, help="timings of each contender")
     add("--budget-s", type=float, default=480.0, help="begin nothing new after so many seconds")
     add("--patience-s", type=float, default=150.0, help="start anew when nothing happened so long")

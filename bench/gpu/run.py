@@ -70,6 +70,10 @@ class Run:
         header = {"kind": kind, "environment": self.environment}
         self.results = Results(results_path(options), header, resume=options.resume)
 
+    def wanted(self, name: str) -> bool:
+        """Whether an entry of this name was asked for."""
+        return any(part in name for part in self.options.only)
+
     def in_time(self) -> bool:
         """Whether something new may be begun."""
         return time.time() < self._deadline
@@ -83,7 +87,7 @@ class Run:
 
     def record(self, name: str, entry: Callable[[], dict[str, Any]], **facts: Any) -> None:
         """Do one thing and write it down, unless it was done, is not asked for, or is too late."""
-        if self.options.only not in name or name in self.results or not next(self._mine):
+        if not self.wanted(name) or name in self.results or not next(self._mine):
             return
         if not self.in_time():
             self.left_out.append(name)

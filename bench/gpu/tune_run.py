@@ -39,7 +39,7 @@ def tune_all(run: Run) -> None:
     with tuning.serving(Table(known)) as table:
         for workload, shape in run.cases():
             name = f"tune {workload.name} {dtype_name(run.dtypes[0])} {shape}"
-            if run.options.only in name and name not in run.results.failed:
+            if run.wanted(name) and name not in run.results.failed:
                 _tune_case(run, name, workload, shape, table, proposed, path)
 
 

@@ -12,12 +12,19 @@ from prunekit.ops.gated_mlp import gated_mlp_ref
 from prunekit.ops.gated_mlp_backward import gated_mlp_backward_ref
 from prunekit.ops.gated_mlp_indexed import gated_mlp_indexed_ref
 from prunekit.ops.gated_mlp_stats import gated_mlp_stats_composed, gated_mlp_stats_ref
+from prunekit.ops.gather import compact_mlp
 from prunekit.ops.gram import gram_update_tiled
-from prunekit.ops.registry import BackendError, forced_backend
+from prunekit.ops.registry import BackendError, force_backend, forced_backend
 from prunekit_kernels.gated_act_stats import gated_act_stats_triton
-from prunekit_kernels.gated_mlp import DTYPES, gated_mlp_triton, path, stats_path
+from prunekit_kernels.gated_mlp import (
+    DTYPES,
+    backward_path,
+    gated_mlp_triton,
+    path,
+    stats_path,
+)
 from prunekit_kernels.gated_mlp_backward import gated_mlp_backward as gated_mlp_backward_triton
-from prunekit_kernels.gated_mlp_indexed import gated_mlp_indexed_triton
+from prunekit_kernels.gated_mlp_decode import MOST_TOKENS, gated_mlp_decode
 from prunekit_kernels.gated_mlp_prefill import gated_mlp_prefill_stats
 from prunekit_kernels.gram_update import gram_update_triton
 
@@ -67,12 +74,18 @@ def gated_mlp_stats(x, gate, up, down, gate_bias, up_bias, down_bias, spans, act
 
 
 def gated_mlp_indexed(x, gate, up, down, index, gate_bias, up_bias, down_bias, act):
+    """Through the index where few tokens read each weight once; for more, a compact copy pays."""
     rows = x.reshape(-1, x.shape[-1])
-    tensors = gate, up, down, index.contiguous(), gate_bias, up_bias, down_bias
-    if not _taken("gated_mlp_indexed", rows, gate, up, down, gate_bias, up_bias, down_bias):
-        return gated_mlp_indexed_ref(x, *tensors, act)
-    y = gated_mlp_indexed_triton(rows, *tensors, act)
-    return y.view(*x.shape[:-1], down.shape[0])
+    biases = gate_bias, up_bias, down_bias
+    if not _taken("gated_mlp_indexed", rows, gate, up, down, *biases):
+        return gated_mlp_indexed_ref(x, gate, up, down, index, *biases, act)
+    if len(rows) <= MOST_TOKENS:
+        y = gated_mlp_decode(rows, gate, up, down, *biases, act, index.contiguous())
+        return y.view(*x.shape[:-1], down.shape[0])
+    kept = [None if b is None else b.index_select(0, index) for b in (gate_bias, up_bias)]
+    with force_backend(None):  # no Triton kernel gathers
+        weights = compact_mlp(gate, up, down, index)
+    return gated_mlp(x, *weights, *kept, down_bias, act)
 
 
 def gated_mlp_backward(grad, x, gate, up, down, gate_bias, up_bias, act, needed):
@@ -80,7 +93,9 @@ def gated_mlp_backward(grad, x, gate, up, down, gate_bias, up_bias, act, needed)
     tensors = gate, up, down, gate_bias, up_bias
     if dy.stride(-1) != 1:  # a broadcast gradient, as of sum()
         dy = dy.contiguous()
-    if not _taken("gated_mlp_backward", dy, rows, *tensors):
+    if not _taken("gated_mlp_backward", dy, rows, *tensors) or (
+        forced_backend() is None and backward_path(rows, gate) == "torch"
+    ):
         return gated_mlp_backward_ref(grad, x, *tensors, act, needed)
     found = gated_mlp_backward_triton(dy, rows, *tensors, act, tuple(needed))
     if found[0] is not None:

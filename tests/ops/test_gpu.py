@@ -69,10 +69,11 @@ def test_frozen_weights_cost_no_gradient(triton):
     assert gate.grad is None
 
 
-def test_gated_mlp_indexed(triton):
+@pytest.mark.parametrize("tokens", [5, 15])
+def test_gated_mlp_indexed(triton, tokens):
     gate, up, down, *biases = parts_for()
     index = torch.tensor([0, 3, 4, 39], dtype=torch.int32, device=DEVICE)
-    x = torch.randn(2, 5, 24, device=DEVICE)
+    x = torch.randn(2, tokens, 24, device=DEVICE)
     got = ops.gated_mlp_indexed(x, gate, up, down, index, **named(biases))
     want = ops.gated_mlp_indexed_ref(x, gate, up, down, index, *biases, SILU)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
