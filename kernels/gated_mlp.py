@@ -19,6 +19,15 @@ CANDIDATES: dict[str, list[Config]] = {
 Optional = torch.Tensor | None
 
 
+# From so many tokens on the one kernel of gate and up is as fast as cuBLAS and more on an H200.
+_PREFILL_TOKENS = 2048
+
+
+def _cublas_leads(arch: str, dtype: torch.dtype) -> bool:
+    """Whether torch's products were measured to be faster than plain ones in Triton: on an H200."""
+    return arch == "sm_90" and dtype.itemsize == 2
+
+
 def path(x: torch.Tensor, gate: torch.Tensor) -> str:
     """Return what serves a shape: decode, prefill, or torch where torch was measured faster.
 
@@ -26,8 +35,9 @@ def path(x: torch.Tensor, gate: torch.Tensor) -> str:
         x: [T, D]. gate: [F, D].
     """
     tokens, hidden = x.shape
-    default = {"PATH": "decode" if tokens <= MOST_TOKENS else "prefill"}
     arch = architecture(x.device)
+    torch_leads = tokens < _PREFILL_TOKENS and _cublas_leads(arch, x.dtype)
+    default = {"PATH": "decode" if tokens <= MOST_TOKENS else "torch" if torch_leads else "prefill"}
     chosen = choose("gated_mlp", arch, x.dtype, tokens, hidden, gate.shape[0], default=default)
     if chosen["PATH"] == "decode" and tokens > MOST_TOKENS:
         return "prefill"
@@ -35,18 +45,21 @@ def path(x: torch.Tensor, gate: torch.Tensor) -> str:
 
 
 def stats_path(x: torch.Tensor, gate: torch.Tensor) -> str:
-    """Return what serves the MLP with statistics: prefill (one kernel), or torch's products."""
+    """Return what serves the MLP with statistics: prefill (one kernel), or torch's products.
+
+    Between torch's products the activation's kernel takes the statistics, which on an H200 costs
+    what torch's activation alone does; in the product's own kernel they cost half as much again.
+    """
     shape = x.shape[0], x.shape[1], gate.shape[0]
     arch = architecture(x.device)
-    return str(
-        choose("gated_mlp_stats", arch, x.dtype, *shape, default={"PATH": "prefill"})["PATH"]
-    )
+    default = {"PATH": "torch" if _cublas_leads(arch, x.dtype) else "prefill"}
+    return str(choose("gated_mlp_stats", arch, x.dtype, *shape, default=default)["PATH"])
 
 
 def backward_path(x: torch.Tensor, gate: torch.Tensor) -> str:
     """Return what serves the gradients: triton, or torch's products over what Triton rebuilds."""
     arch = architecture(x.device)
-    default = {"PATH": "triton"}
+    default = {"PATH": "torch" if _cublas_leads(arch, x.dtype) else "triton"}
     shape = x.shape[0], x.shape[1], gate.shape[0]
     return str(choose("gated_mlp_backward", arch, x.dtype, *shape, default=default)["PATH"])
 

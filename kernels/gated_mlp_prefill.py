@@ -170,6 +170,8 @@ def _default_dual(arch: str, dtype: torch.dtype, tokens: int, *, stats: bool) ->
     rows = 64 if tokens <= 64 else 128
     if arch.startswith("gfx"):
         return _tile(rows, 64, 64, 4, 2)
+    if arch == "sm_90" and tokens > 64:  # measured on an H200
+        return _tile(128, 128, 64, 8, 3, DESCRIPTOR=True)
     if stats and arch == "sm_80":
         # Statistics beside BLOCK_K 64 take 192 registers: one block a multiprocessor, not two.
         return _tile(rows, 64, 32, rows // 16, 4)
@@ -184,6 +186,9 @@ def _default_down(arch: str, dtype: torch.dtype, tokens: int, hidden: int) -> Co
     stages = 2 if arch.startswith("gfx") else 3
     # h·downᵀ has few tiles and a long sum for each: smaller ones where the card would stay idle.
     large = triton.cdiv(tokens, 128) * triton.cdiv(hidden, 128)
+    if arch == "sm_90":  # measured on an H200
+        small = tokens <= 64 or large < 0.9 * multiprocessors(arch)
+        return _tile(64, 64, 64, 4, 4) if small else _tile(128, 128, 64, 4, 4)
     if large >= multiprocessors(arch):
         # BLOCK_K 64 takes 156 registers there: one block a multiprocessor, not two.
         return _tile(128, 128, 32, 8, 4) if arch == "sm_80" else _tile(128, 128, 64, 8, stages)

@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budget-s", type=float, default=480.0, help="begin nothing new after so many seconds")
     add("--patience-s", type=float, default=150.0, help="start anew when nothing happened so long")
     add("--tune", action="store_true", help="look for faster configurations instead")
+    add("--kernels", nargs="+", help="tune these alone, by their names in the table")
     add("--candidates", type=int, help="try so many configurations of a kernel at the most")
     add("--tuned", type=Path, help="table that --tune extends (default: kernels/tuned.json)")
     add("--max-autotune", action="store_true", help="time torch.compile's slow mode too")
@@ -59,14 +60,14 @@ def work(options: argparse.Namespace) -> int:
     """Do everything in this process; return the exit status, 1 where something failed."""
     import torch
 
-    from bench.gpu.run import Run, check_all, measure_all
+    from bench.gpu.run import Run, check_all, compile_all, measure_all
     from bench.gpu.tune_run import tune_all
 
     torch.manual_seed(0)
     run = Run(options)
     with torch.no_grad():
-        steps = (tune_all,) if options.tune else (check_all, measure_all)
-        for step in steps[:1] if options.share else steps:
+        steps = (check_all, compile_all) if options.share else (check_all, measure_all)
+        for step in (tune_all,) if options.tune else steps:
             step(run)
     return run.finish()
 

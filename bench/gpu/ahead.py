@@ -1,11 +1,13 @@
-"""Compiles the checked kernels in several processes at once, before the one that checks and times.
+"""Compiles what is checked and timed in several processes, before the one that does so.
 
 Compiling is most of a first run, and each kernel compiles on one processor. What these processes
-compile lies in Triton's cache on disk for the run that follows; what they find is thrown away.
+compile lies on disk, in Triton's and torch's caches, for the run that follows; what they find is
+thrown away.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +15,7 @@ import time
 
 
 def compile_ahead(arguments: list[str], processes: int, limit_s: float) -> list[int]:
-    """Run the checks in equal shares, and return the processes' exit statuses.
+    """Run the checks and every contender in equal shares; return the processes' exit statuses.
 
     Args:
         arguments: of `python -m bench.gpu`.
@@ -23,9 +25,11 @@ def compile_ahead(arguments: list[str], processes: int, limit_s: float) -> list[
     begun = time.time()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench.gpu", *arguments, "--worker"]
+        alone = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # or each starts as many more
         started = [
             subprocess.Popen(
                 [*command, f"--share={i}/{processes}", f"--out={folder}/{i}"],
+                env=alone,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )

@@ -169,11 +169,32 @@ def check_all(run: Run) -> None:
         )
 
 
+def _modes(run: Run) -> list[str]:
+    slow = ["max-autotune-no-cudagraphs"] if run.options.max_autotune else []
+    return ["default", *slow]
+
+
+def compile_all(run: Run) -> None:
+    """Run every contender once at every shape, untimed: what they compile stays on disk."""
+    dtype = run.dtypes[0]
+
+    def entry(workload: Workload, shape: Shape) -> dict[str, Any]:
+        inputs = checks.inputs_of(workload, shape, dtype, run.device)
+        for function in speed.contenders(workload, run.options.compiler, _modes(run)).values():
+            workload.run(function, inputs)
+        return {}
+
+    for workload, shape in run.cases():
+        run.record(
+            f"compile {workload.name} {shape}",
+            lambda w=workload, s=shape: entry(w, s),
+            **facts("compile", workload, shape, dtype),
+        )
+
+
 def measure_all(run: Run) -> None:
     """Time every operation at every shape at which it is right."""
-    dtype, modes = run.dtypes[0], ["default"]
-    if run.options.max_autotune:
-        modes.append("max-autotune-no-cudagraphs")
+    dtype, modes = run.dtypes[0], _modes(run)
     peak = peak_of(run.environment["device"])
 
     def entry(workload: Workload, shape: Shape) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 Run = Callable[[], object]
 
 _LEAST_FLUSH = 256 << 20
-_FLUSHES = 4  # so long that the host has launched the run before the first event passes
+_FLUSHES = 16  # so long that the host has launched the run before the first event passes
 
 
 class Timer(Protocol):

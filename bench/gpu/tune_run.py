@@ -35,6 +35,12 @@ def table_path(run: Run) -> Path:
 def tune_all(run: Run) -> None:
     """Tune at every shape of the models, in the order of their worth."""
     path, proposed = table_path(run), candidates(run.options.candidates)
+    kernels = run.options.kernels or proposed
+    if unknown := set(kernels) - set(proposed):
+        raise InputError(
+            f"--kernels: got {min(unknown)}, expected of {', '.join(sorted(proposed))}"
+        )
+    proposed = {kernel: proposed[kernel] for kernel in kernels}
     known = dict(tuning.table()) | (read_json(path) if path.is_file() else {})
     with tuning.serving(Table(known)) as table:
         for workload, shape in run.cases():

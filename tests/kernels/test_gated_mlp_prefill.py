@@ -252,14 +252,15 @@ def test_what_would_be_launched(arch):
     assert y.is_meta
     assert h.shape == (300, 96)
     assert [made.name for made in launches] == ["dual_product", "reduce_segments", "down_product"]
-    assert launches[0].grid == (3 * 2,)
+    assert launches[0].grid == (3 * (1 if arch == "sm_90" else 2),)
     for made in (launches[0], launches[2]):
         stages, constants = made.options["num_stages"], made.arguments
         factors = 2 if made.name == "dual_product" else 1
         rows = constants["BLOCK_M"] + factors * constants["BLOCK_N"]
         # A tile of each factor for every stage in flight; on AMD one stage waits in registers.
         buffers = stages - 1 if arch.startswith("gfx") else stages
-        most = 64 * 1024 if arch.startswith("gfx") else 112 * 1024
+        # On sm_90 one block a multiprocessor was measured to be best, elsewhere two have to fit.
+        most = (64 if arch.startswith("gfx") else 227 if arch == "sm_90" else 112) * 1024
         assert buffers * rows * constants["BLOCK_K"] * 2 <= most
 
 
