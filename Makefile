@@ -29,7 +29,7 @@ help:
 	@echo "make bench     measure the operations and the main job on this machine"
 	@echo "make gpu-bench check and time every operation on this machine's GPU, in 9 minutes"
 	@echo "make gpu-tune  look for faster configurations of the kernels on this machine's GPU"
-	@echo "make gpu-table make the README's section on GPUs from bench/results"
+	@echo "make gpu-table make the tables of docs/gpu.md from bench/results"
 
 $(VENV)/.torch: constraints-cpu.txt
 	@echo "installing torch into $(VENV)"
@@ -110,7 +110,7 @@ gpu-tune: $(VENV)/.ready
 	$(BIN)/python -m bench.gpu --tune --budget-s 1800
 
 gpu-table: $(VENV)/.ready
-	$(BIN)/python -m bench.gpu.readme
+	$(BIN)/python -m bench.gpu.page
 
 clean:
 	rm -rf build demo-out *.egg-info prunekit/_C*.so

@@ -14,11 +14,22 @@ import torch
 
 pytest.importorskip("triton")
 
+from bench.gpu import model
 from bench.gpu.__main__ import main, parse
 from bench.gpu.checks import check, inputs_of
 from bench.gpu.environment import parse_smi
+from bench.gpu.page import (
+    MARKERS,
+    MODEL_MARKERS,
+    NOT_MEASURED,
+    PAGE,
+    RESULTS,
+    ROOT,
+    load,
+    models,
+    section,
+)
 from bench.gpu.peaks import peak_of, rates
-from bench.gpu.readme import MARKERS, NOT_MEASURED, RESULTS, ROOT, load, section
 from bench.gpu.results import MEASURED, REHEARSED, Results, WrongError, safe_name
 from bench.gpu.run import Run
 from bench.gpu.shapes import SUITES, Shape
@@ -415,13 +426,32 @@ def test_a_worker_that_never_began_is_not_started_again(tmp_path):
     assert path.read_text() == "{}"
 
 
-# The README.
+# The page.
 
 
-def test_the_readme_is_made_of_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
-    assert readme == between(readme, MARKERS, section(RESULTS))
-    assert (NOT_MEASURED in readme) == (not list(RESULTS.glob("*.json")))
+def test_the_page_is_made_of_the_committed_results():
+    page = PAGE.read_text()
+    assert page == between(page, MARKERS, section(RESULTS))
+    assert page == between(page, MODEL_MARKERS, models(RESULTS / "models"))
+    assert (NOT_MEASURED in page) == (not list(RESULTS.glob("*.json")))
+
+
+def test_a_whole_model_rehearses_on_the_cpu(tmp_path):
+    small = "--models", "tiny", "--rounds", "1", "--prompt", "16", "--context", "8"
+    assert model.main(["--device", "cpu", *small, "--out", str(tmp_path)]) == 0
+    [path] = tmp_path.glob("*.json")
+    value = json.loads(path.read_text())
+    assert value["kind"] == REHEARSED
+    with pytest.raises(InputError, match="is a rehearsal on a CPU"):
+        models(tmp_path)
+    path.write_text(json.dumps(value | {"kind": MEASURED}))
+    rows = [line.split(" | ") for line in models(tmp_path).splitlines() if " | tiny | " in line]
+    assert [(row[0], row[2]) for row in rows] == [
+        (f"| {test}", width)
+        for width in ("128", "64")
+        for test in ("decode 1", "decode 8", "prefill 16")
+    ]
+    assert all((row[6] == "–") == row[0].startswith("| prefill") for row in rows)
 
 
 def test_a_rehearsal_is_no_result(rehearsal):

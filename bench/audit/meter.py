@@ -104,12 +104,15 @@ class Meter:
 
     def begin(self, kernel, args: tuple, named: dict) -> None:
         """Start counting a launch; its tensors are where lanes may go."""
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
-        self._tensors = []
-        for value in arguments.values():
-            tensor = value.base if isinstance(value, TensorDescriptor) else value
-            if isinstance(tensor, torch.Tensor) and tensor.numel():
-                self._tensors.append(_Elements(tensor))
+        arguments = {
+            name: value.base if isinstance(value, TensorDescriptor) else value
+            for name, value in (dict(zip(kernel.arg_names, args, strict=False)) | named).items()
+        }
+        self._tensors = [
+            _Elements(value)
+            for value in arguments.values()
+            if isinstance(value, torch.Tensor) and value.numel()
+        ]
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         self.launches.append(Counts(name, arguments))
 
@@ -147,11 +150,14 @@ def metered() -> Iterator[Meter]:
     def handle(mask: np.ndarray):
         return interpreter.TensorHandle(mask, interpreter.tl.int1)
 
-    def counted_load(self, ptrs, mask, other, *rest):
-        return load(self, ptrs, handle(meter.count("load", ptrs, mask.data)), other, *rest)
+    # What follows the mask comes by place, or by name where a descriptor is used.
+    def counted_load(self, ptrs, mask, *rest, **named):
+        allowed = handle(meter.count("load", ptrs, mask.data))
+        return load(self, ptrs, allowed, *rest, **named)
 
-    def counted_store(self, ptrs, value, mask, *rest):
-        return store(self, ptrs, value, handle(meter.count("store", ptrs, mask.data)), *rest)
+    def counted_store(self, ptrs, value, mask, *rest, **named):
+        allowed = handle(meter.count("store", ptrs, mask.data))
+        return store(self, ptrs, value, allowed, *rest, **named)
 
     def counted_run(self, *args, grid, warmup, **named):
         meter.begin(self, args, named)

@@ -57,7 +57,7 @@ def _odd(base: Case, spilling: tuple[str, ...]) -> Case:
     def problems(dtype: torch.dtype) -> Iterator[Problem]:
         yield Problem(_ODD, _ODD_WIDTH, dtype)
 
-    family = base.operation.removeprefix("gated_mlp_")
+    family = base.operation.removeprefix("gated_mlp_").replace("indexed", "decode")
     unaligned = dict.fromkeys((f"{family}_hidden", f"{family}_down"), _UNALIGNED)
     narrow = {**base.narrow, **unaligned}
     reasons = dict.fromkeys(spilling, _ELEMENTWISE)

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-autotune", action="store_true", help="time torch.compile's slow mode too")
     add("--compiler", default="inductor", help="torch.compile's backend")
     add("--compilers", type=int, help="processes that compile ahead (default: 8 at most)")
-    add("--revision", help="of the sources, where they are no git tree")
+    add("--revision", help="of the sources, where git does not know it")
     for private in ("--worker", "--resume"):
         add(private, action="store_true", help=argparse.SUPPRESS)
     add("--deadline", type=float, help=argparse.SUPPRESS)

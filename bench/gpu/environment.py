@@ -66,7 +66,7 @@ def environment(device: torch.device, arguments: list[str], revision: str | None
     Args:
         device: what the run is on.
         arguments: of `python -m bench.gpu`.
-        revision: of the sources, where they are no git tree that could say so itself.
+        revision: of the sources, where they are no git tree, or one of another state.
     """
     facts = provenance(
         device_type=device.type,
@@ -75,6 +75,6 @@ def environment(device: torch.device, arguments: list[str], revision: str | None
         command=shlex.join(["python", "-m", "bench.gpu", *arguments]),
         **_card(device),
     )
-    if "revision" not in facts:
+    if revision is not None or "revision" not in facts:
         facts |= {"revision": revision, "dirty": None}
     return facts | {"card": card_state(device)}

@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
     add("--prompt", type=int, default=4096, help="tokens of the prefill")
     add("--rounds", type=int, default=15, help="timings of each")
     add("--out", type=Path, default=RESULTS, help="folder of the results")
-    add("--revision", help="of the sources, where they are no git tree")
+    add("--revision", help="of the sources, where git does not know it")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,7 +1,5 @@
 """The activations as device functions, and their derivatives, against torch in fp64."""
 
-import os
-
 import pytest
 import torch
 
@@ -12,17 +10,17 @@ import triton.language as tl
 
 from prunekit.ops.activations import NAMES, activate
 from prunekit_kernels import activations
+from tests.kernels.device import DEVICE, INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
+        not INTERPRETED and not torch.cuda.is_available(),
         reason="needs TRITON_INTERPRET=1 or a GPU",
     ),
     # exp(-x) of a very negative x is infinite, and 1 over it the right zero; numpy remarks on it.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LARGE = [-1e18, -1e4, -100.0, -30.0, -11.0, 11.0, 30.0, 100.0, 1e4, 1e18]
 
 

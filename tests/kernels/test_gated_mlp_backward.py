@@ -1,7 +1,5 @@
 """The backward of the gated MLP in Triton, against torch's autograd in fp64."""
 
-import os
-
 import pytest
 import torch
 
@@ -11,20 +9,17 @@ from prunekit.ops.activations import NAMES
 from prunekit.ops.gated_mlp import gated_mlp_ref
 from prunekit_kernels import launch
 from prunekit_kernels.gated_mlp_backward import gated_mlp_backward
+from tests.kernels.device import DEVICE, DTYPES, INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
+        not INTERPRETED and not torch.cuda.is_available(),
         reason="needs TRITON_INTERPRET=1 or a GPU",
     ),
     # exp(-x) of a very negative x is infinite, and 1 over it the right zero; numpy remarks on it.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 
-# The interpreter computes bf16 as integers, so it has to be left to a GPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 ALL = (True,) * 7
 LEAVES = ("x", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 

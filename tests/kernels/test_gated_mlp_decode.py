@@ -1,7 +1,6 @@
 """The decode kernels: their numbers and their loads in the interpreter, their grids on paper."""
 
 import math
-import os
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,11 +13,7 @@ from prunekit.ops.activations import NAMES
 from prunekit.ops.gated_mlp import gated_mlp_ref
 from prunekit_kernels import launch, tuning
 from prunekit_kernels.gated_mlp_decode import CANDIDATES, gated_mlp_decode
-
-# The interpreter computes bf16 as integers, so it has to be left to a GPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
+from tests.kernels.device import DEVICE, DTYPES, INTERPRETED, slack
 
 pytestmark = [
     pytest.mark.skipif(
@@ -66,8 +61,8 @@ def check_against_exact(y, inputs, act):
     assert y.shape == exact.shape
     if y.numel():
         torch_error = (gated_mlp_ref(*inputs, act).double() - exact).abs().max()
-        slack = torch.finfo(y.dtype).eps / 4 * exact.abs().max()  # where torch happens to be exact
-        assert (y.double() - exact).abs().max() <= 2 * torch_error + slack
+        allowed = 2 * torch_error + slack(exact, y.dtype)
+        assert (y.double() - exact).abs().max() <= allowed
 
 
 @contextmanager

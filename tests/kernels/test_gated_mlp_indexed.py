@@ -9,13 +9,8 @@ from prunekit.ops.activations import NAMES
 from prunekit.ops.gated_mlp import gated_mlp_ref
 from prunekit_kernels.gated_mlp_decode import gated_mlp_decode
 from tests.kernels import test_gated_mlp_decode as decode
-from tests.kernels.test_gated_mlp_decode import (
-    DEVICE,
-    DTYPES,
-    INTERPRETED,
-    metered,
-    random_mlp,
-)
+from tests.kernels.device import DEVICE, DTYPES, INTERPRETED
+from tests.kernels.test_gated_mlp_decode import metered, random_mlp
 
 pytestmark = decode.pytestmark
 _poisoned_outputs = decode._poisoned_outputs

@@ -1,7 +1,5 @@
 """The Gram matrix's triangle in Triton: its numbers, its tiles, and what it leaves alone."""
 
-import os
-
 import pytest
 import torch
 
@@ -12,11 +10,7 @@ import triton.language as tl
 
 from prunekit_kernels import launch, tuning
 from prunekit_kernels.gram_update import _triangle_tile, gram_update_triton
-
-# The interpreter computes bf16 as integers, so it has to be left to a GPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
+from tests.kernels.device import DEVICE, DTYPES, INTERPRETED
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
@@ -66,6 +60,7 @@ def test_rows_and_columns_with_gaps_between_them():
     check(torch.zeros(21, 21, device=DEVICE), padded[:, 1:-2:2])
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="takes tiles as small as the interpreter's")
 def test_tiles_below_the_diagonal_are_not_touched():
     gram = torch.zeros(48, 48, device=DEVICE)
     gram_update_triton(gram, random_h(5, 48, torch.float32))

@@ -1,13 +1,12 @@
 """The public operations over Triton: the dispatcher's way, leading axes, gradients, refusals."""
 
-import os
-
 import pytest
 import torch
 
 import prunekit as pk
 from prunekit import ops
 from prunekit.ops import backends
+from tests.kernels.device import DEVICE
 from tests.models import tiny_model
 from tests.ops.test_gated_mlp import weights
 
@@ -15,7 +14,6 @@ pytestmark = [
     pytest.mark.skipif(backends.TRITON_PROBLEM is not None, reason=str(backends.TRITON_PROBLEM)),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SILU = ops.activation_code("silu")
 
 

@@ -1,4 +1,4 @@
-"""python -m bench.gpu.readme: the README's section on GPUs, from bench/results alone."""
+"""python -m bench.gpu.page: the tables of docs/gpu.md, from bench/results alone."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.model import OURS, PLAIN
 from bench.gpu.results import MEASURED, SCHEMA, WrongError
 from bench.markers import rewrite
 from prunekit.errors import InputError
 from prunekit.files import read_json
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "gpu.md"
 RESULTS = ROOT / "bench" / "results"
-MARKERS = "gpu-table"
+MARKERS, MODEL_MARKERS = "gpu-table", "gpu-models"
 
 NOT_MEASURED = """\
 **Not measured yet.** `make gpu-bench` checks and times everything on the GPU it finds and writes
@@ -23,6 +25,10 @@ _HEAD = """\
 | | T | model | width | ms | p25-p75 | over dense | over torch | over the fastest rival | GB/s | \
 TFLOP/s | of peak |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+_MODELS_HEAD = """\
+| | model | width | parameters | transformers, ms | over dense | prunekit, ms | over dense |
+|---|---|---|---|---|---|---|---|"""
 
 Entry = dict[str, Any]
 
@@ -47,9 +53,34 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def section(folder: Path) -> str:
-    """Return what stands between the README's markers, for the results in a folder."""
+    """Return the table of the operations, for the results in a folder."""
     devices = [_device(load(path)) for path in sorted(folder.glob("*.json"))]
     return "\n\n".join(devices) or NOT_MEASURED
+
+
+def models(folder: Path) -> str:
+    """Return the table of whole models, for the results of bench.gpu.model in a folder."""
+    devices = [_models_of(load(path)) for path in sorted(folder.glob("*.json"))]
+    return "\n\n".join(devices) or "**Not measured yet.** `python -m bench.gpu.model` does it."
+
+
+def _models_of(value: dict[str, Any]) -> str:
+    at = {(r["model"], r["test"], r["width"], r["way"]): r for r in value["rows"]}
+    lines = [f"**{value['environment']['device']}**, bfloat16", "", _MODELS_HEAD]
+    for model, test, width, way in at:
+        if way != PLAIN:
+            continue
+        plain, ours = at[model, test, width, PLAIN], at[model, test, width, OURS]
+        dense = max(w for m, t, w, _ in at if (m, t) == (model, test))
+        base = at[model, test, dense, PLAIN]["median"]
+        cells = [test, model, width, f"{plain['parameters'] / 1e9:.2f} B"]
+        cells += [f"{plain['median'] * 1e3:.2f}", f"{base / plain['median']:.2f} ×"]
+        # Many tokens go through torch's products either way.
+        decodes = test.startswith("decode")
+        mine = f"{ours['median'] * 1e3:.2f}", f"{base / ours['median']:.2f} ×"
+        cells += mine if decodes else "––"
+        lines.append(_line(cells))
+    return "\n".join([*lines, "", _provenance(value["environment"]) + "."])
 
 
 def _device(value: dict[str, Any]) -> str:
@@ -105,8 +136,8 @@ def _line(cells: list[Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _footer(value: dict[str, Any]) -> str:
-    about, entries = value["environment"], value["entries"].values()
+def _provenance(about: dict[str, Any]) -> str:
+    """Card, driver, versions, revision and command, as one sentence."""
     card, versions = about["card"], about["versions"]
     changed = {True: " with changes", False: "", None: " (no git tree)"}[about["dirty"]]
     facts = [
@@ -120,6 +151,11 @@ def _footer(value: dict[str, Any]) -> str:
         f"prunekit {about['revision'] or 'of unknown revision'}{changed}",
         f"`{about['command']}`",
     ]
+    return ", ".join(fact for fact in facts if fact)
+
+
+def _footer(value: dict[str, Any]) -> str:
+    entries = value["entries"].values()
     failed = sum("error" in e for e in entries)
     ends = [f"{failed} of {len(entries)} checks and timings failed." if failed else "No failures."]
     if value.get("left_out"):
@@ -128,7 +164,7 @@ def _footer(value: dict[str, Any]) -> str:
         "Medians of runs from cold caches, contenders in turn; decode in a CUDA graph over layers "
         "that no cache holds. × is how many times as long the other takes, dense being prunekit's "
         "own at the model's full width; GB/s and TFLOP/s count what the result takes at least.\n\n"
-        + ", ".join(fact for fact in facts if fact)
+        + _provenance(value["environment"])
         + ". "
         + " ".join(ends)
     )
@@ -136,7 +172,8 @@ def _footer(value: dict[str, Any]) -> str:
 
 def main() -> int:
     try:
-        rewrite(ROOT / "README.md", MARKERS, section(RESULTS))
+        rewrite(PAGE, MARKERS, section(RESULTS))
+        rewrite(PAGE, MODEL_MARKERS, models(RESULTS / "models"))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
