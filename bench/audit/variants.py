@@ -30,7 +30,7 @@ _ODD_WIDTH = 6271
 _ODD_OPERATIONS = {
     "gated_mlp_decode@1": ("decode_hidden",),
     "gated_mlp_decode@8": ("decode_hidden",),
-    "gated_mlp_indexed@1": ("decode_hidden",),
+    "gated_mlp_indexed@1": (),
     "gated_mlp_indexed@8": ("decode_hidden",),
 }
 _UNALIGNED = "at odd sizes rows begin at odd places"
