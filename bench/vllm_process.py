@@ -54,6 +54,10 @@ class VLLM:
         """The MLPs' widths, in order, as vLLM built them."""
         return self._ask("widths")
 
+    def silu_and_mul(self, gate_and_up: Any) -> Any:
+        """What vLLM's own kernel makes of [T, 2·F], gate beside up: [T, F]."""
+        return self._ask("silu_and_mul", gate_and_up)
+
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
@@ -107,6 +111,15 @@ class _Model:
 
     def widths(self) -> list[int]:
         return self.llm.apply_model(_widths)[0]
+
+    def silu_and_mul(self, gate_and_up: Any) -> Any:
+        import torch
+        from vllm.platforms import current_platform
+
+        current_platform.import_kernels()
+        out = gate_and_up.new_empty((len(gate_and_up), gate_and_up.shape[1] // 2))
+        torch.ops._C.silu_and_mul(out, gate_and_up)
+        return out
 
 
 def _widths(model: Any) -> list[int]:

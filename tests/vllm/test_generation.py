@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import prunekit as pk
-from bench.agreement import NEAR_TIE, shortfalls
+from bench.agreement import shortfalls
+from bench.vllm_bf16 import cut_off, explained, nearest, vllm_rounds
 from prunekit.arch import find_mlps
 from prunekit.checkpoint.widths import DECODER_LAYERS
 from prunekit.plan import PrunePlan
@@ -67,18 +68,20 @@ def test_without_the_plugin_several_widths_are_refused(tmp_path, vllm_without_pl
         check(vllm_without_plugins, uneven(), tmp_path / "out")
 
 
-def keep(model, widths):
-    """The model with so many neurons a layer, those of the largest weights."""
-    scores = pk.score(None, model, "magnitude_l2")
+def keep(model, tokenizer, widths):
+    """The model with so many neurons a layer, chosen and repaired for the texts themselves."""
+    stats = pk.calibrate(model, tokenizer, TEXTS, gram=True)
+    scores = pk.score(stats, model, "wanda")
     kept = [s.topk(w).indices.sort().values.int() for s, w in zip(scores, widths, strict=False)]
-    return pk.prune(model, PrunePlan(tuple(kept), tuple(widths_of(model))))
+    plan = PrunePlan(tuple(kept), tuple(widths_of(model)))
+    return pk.prune(model, plan, stats=stats, compensate="lstsq")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("widths", [(1216,), (1472, 960)], ids=["20 percent", "differing"])
 def test_the_demo_model(widths, dtype, tmp_path, vllm, demo_model):
     _, tokenizer = demo_model
-    model = keep(pk.load("demo", device="cpu"), itertools.cycle(widths))
+    model = keep(pk.load("demo", device="cpu"), tokenizer, itertools.cycle(widths))
     pk.save(model, tokenizer, tmp_path / "out")
     vllm.load(str(tmp_path / "out"), dtype=dtype)
     assert vllm.widths() == widths_of(model)
@@ -88,5 +91,16 @@ def test_the_demo_model(widths, dtype, tmp_path, vllm, demo_model):
     if dtype == "float32":
         assert found == continued(model.float(), prompts)
     else:
+        model = model.float()
         lost = [shortfalls(model, p, c) for p, c in zip(prompts, found, strict=True)]
-        assert max(max(each) for each in lost) <= NEAR_TIE
+        assert max(max(each) for each in lost) <= explained(model, prompts, TOKENS)
+
+
+def test_how_bf16_is_left_on_this_cpu(vllm):
+    """vLLM's kernel leaves what the emulation says; by the other way half of it would differ."""
+    gate, up = torch.randn(2, 64, 512).bfloat16()
+    left = vllm.silu_and_mul(torch.cat([gate, up], 1))
+    exact = (torch.nn.functional.silu(gate.double()) * up.double()).float()
+    other = cut_off if vllm_rounds() is nearest else nearest
+    assert (left.float() == vllm_rounds()(exact)).float().mean() > 0.99
+    assert (left.float() == other(exact)).float().mean() < 0.7
