@@ -22,6 +22,7 @@ _CORPUS = (
     "JSONL with `text`, `prompt` + `completion` or `messages`; CSV with those columns; "
     "hf:NAME[:split]"
 )
+ROW_FORMATS = "md", "csv", "jsonl"
 _DTYPE = "bf16, fp16, fp32, or auto: as saved"
 
 
@@ -253,8 +254,17 @@ class BenchConfig:
     prompt: int = option(512, "tokens of the prefill (pp)")
     generate: int = option(128, "tokens of the decode (tg)")
     batch: str = option("1", "batch sizes, separated by commas")
-    rounds: int = option(5, "how often each test is timed")
+    sparsity: str = option(
+        "",
+        "prune MODEL, which is then the dense one, on the spot to these, separated by commas",
+        metavar="S,S",
+    )
+    multiple_of: int = option(64, "with --sparsity: round kept widths to a multiple of this")
+    rounds: int = option(7, "how often each test is timed")
     compact: bool = option(False, "run the MLPs through prunekit's CompactMLP")
+    format: str = option(
+        "table", "a table for people, or md, csv or jsonl rows", choices=("table", *ROW_FORMATS)
+    )
     dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
 
 

@@ -1,5 +1,6 @@
 """The command line end to end: what it prints, what it writes, and one clear line for bad input."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.cli import VERBS, main
+from prunekit.cli.output import Output
 from prunekit.integrations.loading import load_tokenizer
 from prunekit.ops.gated_mlp_cpu import decodes
 from prunekit.ops.registry import OPERATIONS, force_backend
@@ -351,6 +353,58 @@ def test_bench_prints_a_row_a_model_and_test(capsys, tmp_path, folder):
     assert status == 0
     assert len(result["rows"]) == 2 * 2 * 2
     assert result["models"][str(folder)]["peak_bytes"] > 0
+
+
+BENCH = ("--prompt", 8, "--generate", 2, "--rounds", 1)
+
+
+def test_bench_prunes_on_the_spot_and_says_what_that_can_give(capsys, folder):
+    given = ("bench", folder, "--sparsity", "0.5", "--multiple-of", 16, *BENCH)
+    status, text, _ = run(capsys, *given)
+    assert status == 0
+    why = [x for x in text.splitlines() if x.startswith(f"{folder} at 50")]
+    assert [line.split(", ")[1] for line in why[-2:]] == ["pp8", "tg2"]
+    assert all("50% of their weights less can make it" in line for line in why[-2:])
+
+
+def test_bench_rows_say_their_units(capsys, folder):
+    given = ("bench", folder, "--sparsity", "0.5", "--multiple-of", 16, *BENCH)
+    status, text, _ = run(capsys, *given, "--format", "csv")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert status == 0
+    assert [row["test"] for row in rows] == ["pp8", "pp8", "tg2", "tg2"]
+    for row in rows:
+        assert float(row["tokens_per_s_low"]) <= float(row["tokens_per_s"])
+    assert (rows[0]["bound"], float(rows[1]["bound"]) > 1) == ("", True)
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "jsonl"])
+def test_rows_for_machines(capsys, form):
+    given = [{"test": "pp8", "rate": 1.5, "bound": None}, {"test": "tg2", "rate": 2.5, "bound": 3}]
+    Output(as_json=False).rows(form, given)
+    lines = capsys.readouterr().out.splitlines()
+    if form == "jsonl":
+        assert [json.loads(line) for line in lines] == given
+    elif form == "csv":
+        rows = list(csv.DictReader(lines))
+        assert rows[0] == {"test": "pp8", "rate": "1.5", "bound": ""}
+    else:
+        assert lines[1:] == ["| --- | --- | --- |", "| pp8 | 1.5 |  |", "| tg2 | 2.5 | 3 |"]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (("--sparsity", "half"), "--sparsity: got 'half'; expected numbers such as 0.2,0.5"),
+        (("--sparsity", "0.5", "--baseline", "x"), "leave --baseline out"),
+        (("--sparsity", "1.5"), "sparsity: got 1.5"),
+        (("--batch", "a"), "--batch: got 'a'; expected numbers such as 1,8"),
+    ],
+)
+def test_bench_refuses(capsys, folder, given, why):
+    status, _, error = run(capsys, "bench", folder, *given, *BENCH)
+    assert status == 2
+    assert why in error
 
 
 def test_env_names_what_serves_each_operation(capsys):

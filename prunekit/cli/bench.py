@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+from prunekit.arch import find_mlps
+from prunekit.checkpoint import save
 from prunekit.cli.output import Output, count, megabytes
-from prunekit.compact import compact_modules
+from prunekit.compact import compact_modules, prune
 from prunekit.config import BenchConfig
 from prunekit.errors import InputError
+from prunekit.experiment.twin import twin
 from prunekit.integrations.loading import load
 from prunekit.measure.comparison import Throughput, bench_models
 from prunekit.measure.memory import model_bytes, parameter_count, peak_memory
 from prunekit.measure.provenance import provenance
+from prunekit.plan import plan
 
 CONFIG = BenchConfig
 EXAMPLES = """  prunekit bench small --baseline demo
+  prunekit bench demo --sparsity 0.2,0.35,0.5 --compact
   prunekit bench small --baseline demo --batch 1,8 --prompt 256 --generate 64
+  prunekit bench small --baseline demo --format md
   prunekit bench small --json > small.json"""
 
 
 def run(config: BenchConfig, output: Output) -> int:
     """Measure every test of every model, and print a row each."""
-    batch = _batches(config.batch)
-    names = [config.baseline, config.model] if config.baseline else [config.model]
-    models = {name: load(name, dtype=config.dtype) for name in dict.fromkeys(names)}
+    batch = [int(size) for size in _numbers("--batch", config.batch, int)]
+    models, folders = _models(config)
+    sizes = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, model in models.items():
+            at = folders.get(name) or save(model, None, Path(scratch) / "model", force=True)
+            peak = peak_memory(at, dtype=config.dtype, prompt=config.prompt)
+            size = {"parameters": parameter_count(model), "bytes": model_bytes(model)}
+            sizes[name] = size | peak
     if config.compact:
         models = {name: compact_modules(model) for name, model in models.items()}
     rows = bench_models(
@@ -32,26 +50,73 @@ def run(config: BenchConfig, output: Output) -> int:
         generate=config.generate,
         batch=batch,
         rounds=config.rounds,
+        explain=len(models) > 1,
     )
-    sizes = {}
-    for name, model in models.items():
-        peak = peak_memory(name, dtype=config.dtype, prompt=config.prompt)
-        sizes[name] = {"parameters": parameter_count(model), "bytes": model_bytes(model)} | peak
-    print_rows(rows, sizes, output)
     facts = provenance()
-    output.line(
-        f"{facts['device']}; torch {facts['versions']['torch']}; median of {config.rounds} "
-        "interleaved rounds with quartiles; peak: what loading and running added to a fresh process"
-    )
+    if config.format == "table":
+        print_rows(rows, sizes, output)
+        output.line(
+            f"{facts['device']}; torch {facts['versions']['torch']}; median of {config.rounds} "
+            "interleaved rounds, with 95 % intervals; bound: the speed-up that the removed weights "
+            "allow if nothing else gets faster; peak: what loading and running added to a fresh "
+            "process"
+        )
+        for row in rows:
+            if row.bound is not None:
+                output.line(f"{row.model}, {row.test}, batch {row.batch}: {row.bound.why}.")
+    else:
+        output.rows(config.format, [_flat(row, sizes[row.model]) for row in rows])
     output.json({"rows": [asdict(row) for row in rows], "models": sizes, "provenance": facts})
     return 0
 
 
-def _batches(text: str) -> list[int]:
+def _models(config: BenchConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The models by name, the dense one first, and where those that were loaded lie."""
+    if not config.sparsity:
+        names = [name for name in (config.baseline, config.model) if name]
+        return {n: load(n, dtype=config.dtype) for n in names}, {n: n for n in names}
+    if config.baseline:
+        raise InputError("--sparsity: MODEL is then the dense one; leave --baseline out")
+    sparsities = _numbers("--sparsity", config.sparsity, float)
+    dense = load(config.model, dtype=config.dtype)
+    scores = [torch.zeros(view.width) for view in find_mlps(dense)]
+    models = {config.model: dense}
+    for sparsity in sparsities:
+        # Which neurons are left makes no difference to the time.
+        chosen = plan(scores, sparsity, multiple_of=config.multiple_of)
+        name = f"{config.model} at {chosen.sparsity:.1%}"
+        models[name] = prune(twin(dense), chosen, compensate="none")
+    return models, {config.model: config.model}
+
+
+def _numbers(name: str, text: str, kind: type) -> list[Any]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--batch: got {text!r}; expected numbers such as 1,8") from None
+        example = "1,8" if kind is int else "0.2,0.5"
+        raise InputError(f"{name}: got {text!r}; expected numbers such as {example}") from None
+
+
+def _flat(row: Throughput, size: dict[str, Any]) -> dict[str, Any]:
+    """A row's numbers under names that say their units."""
+    low, high = row.tokens_interval
+    slowest, fastest = row.speedup_interval
+    return {
+        "model": row.model,
+        "parameters": size["parameters"],
+        "bytes": size["bytes"],
+        "peak_bytes": size["peak_bytes"],
+        "batch": row.batch,
+        "test": row.test,
+        "tokens_per_s": row.tokens_per_s,
+        "tokens_per_s_low": low,
+        "tokens_per_s_high": high,
+        "speedup": row.speedup,
+        "speedup_low": slowest,
+        "speedup_high": fastest,
+        "bound": None if row.bound is None else row.bound.speedup,
+        "reached": None if row.bound is None else row.bound.reached,
+    }
 
 
 def print_rows(rows: list[Throughput], sizes: dict[str, dict], output: Output) -> None:
@@ -65,10 +130,13 @@ def print_rows(rows: list[Throughput], sizes: dict[str, dict], output: Output) -
             row.batch,
             row.test,
             f"{row.tokens_per_s:.1f}",
-            f"{row.low:.1f} – {row.high:.1f}",
+            "{:.1f} – {:.1f}".format(*row.tokens_interval),
             f"{row.speedup:.2f} ×",
+            "{:.2f} – {:.2f}".format(*row.speedup_interval),
+            "–" if row.bound is None else f"{row.bound.speedup:.2f} ×",
+            "–" if row.bound is None else f"{row.bound.reached:.0%}",
         )
         for row in rows
     ]
-    columns = ("model", "params", "size", "peak", "batch", "test", "t/s", "quartiles", "speed-up")
-    output.table("throughput", columns, table)
+    columns = ("model", "params", "size", "peak", "batch", "test", "t/s", "95 %", "speed-up")
+    output.table("throughput", (*columns, "95 %", "bound", "reached"), table)

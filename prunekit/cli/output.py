@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,22 @@ class Output:
         for row in rows:
             table.add_row(*map(str, row))
         self.console.print(table)
+
+    def rows(self, form: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Print rows of the same keys as md, csv or jsonl, unless JSON was asked for."""
+        if self.as_json:
+            return
+        if form == "jsonl":
+            for row in rows:
+                print(json.dumps(row, ensure_ascii=False))
+            return
+        if form == "csv":
+            writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            return
+        for cells in (list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)):
+            print("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
 
     def json(self, value: Any) -> None:
         """Print the result as JSON, if that was asked for."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 from torch import nn
 
+from prunekit.arch import find_mlps
 from prunekit.errors import InputError
+from prunekit.measure.amdahl import Bound, bounds
 from prunekit.measure.memory import model_bytes, parameter_count
+from prunekit.measure.parts import Parts, measure_parts
 from prunekit.measure.provenance import provenance
 from prunekit.measure.throughput import decode_case, prefill_case
-from prunekit.measure.timing import interleave, summarise
+from prunekit.measure.timing import confidence, interleave, summarise
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Throughput:
         batch: sequences at once.
         tokens_per_s: median over the rounds; low and high are its quartiles.
         speedup: median over the rounds of the baseline's time by this one's, round by round.
+        tokens_interval, speedup_interval: 95 % intervals of the two medians.
+        bound: the largest speed-up that its widths allow, and what holds it back; None for the
+            baseline, or where that was not asked for.
     """
 
     model: str
@@ -35,6 +41,9 @@ class Throughput:
     low: float
     high: float
     speedup: float
+    tokens_interval: tuple[float, float]
+    speedup_interval: tuple[float, float]
+    bound: Bound | None = None
 
 
 def bench_models(
@@ -44,6 +53,7 @@ def bench_models(
     generate: int = 128,
     batch: Sequence[int] = (1,),
     rounds: int = 5,
+    explain: bool = False,
 ) -> list[Throughput]:
     """Time any number of models against the first, in rounds that visit each test of each model.
 
@@ -53,12 +63,13 @@ def bench_models(
         generate: tokens decoded.
         batch: batch sizes.
         rounds: how often each is timed, after one warm-up.
+        explain: profile every test too, for the bounds.
 
     Raises:
         InputError: no model, or a size below 1.
 
     Cost:
-        rounds + 1 prefills and decodes a model and batch size.
+        rounds + 1 prefills and decodes a model and batch size; three more to explain.
     """
     if not models:
         raise InputError("bench: no model")
@@ -76,10 +87,40 @@ def bench_models(
     rows = []
     for (name, test, size), (_, tokens) in cases.items():
         mine, dense = seconds[name, test, size], seconds[baseline, test, size]
-        rate = summarise([tokens / s for s in mine])
-        ratio = median(d / s for d, s in zip(dense, mine, strict=True))
-        rows.append(Throughput(name, test, size, rate.median, rate.low, rate.high, ratio))
-    return rows
+        rates = [tokens / s for s in mine]
+        ratios = [d / s for d, s in zip(dense, mine, strict=True)]
+        rate, ratio = summarise(rates), median(ratios)
+        row = Throughput(
+            name,
+            test,
+            size,
+            *(rate.median, rate.low, rate.high, ratio),
+            *(confidence(rates), confidence(ratios)),
+        )
+        rows.append(row)
+    if not explain:
+        return rows
+    profiles = {
+        (name, test, size): measure_parts(models[name], run)
+        for (name, test, size), (run, _) in cases.items()
+    }
+    return [_explained(row, models, baseline, profiles) for row in rows]
+
+
+def _explained(
+    row: Throughput,
+    models: Mapping[str, nn.Module],
+    baseline: str,
+    profiles: Mapping[tuple[str, str, int], Parts],
+) -> Throughput:
+    """The row with its bound, unless it is the baseline's, or that of a model of other layers."""
+    dense, model = models[baseline], models[row.model]
+    if row.model == baseline or len(find_mlps(model, verify=False)) != len(
+        find_mlps(dense, verify=False)
+    ):
+        return row
+    both = (profiles[name, row.test, row.batch] for name in (baseline, row.model))
+    return replace(row, bound=bounds(dense, model, tuple(both), row.speedup))
 
 
 def bench(
