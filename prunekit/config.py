@@ -262,6 +262,14 @@ class BenchConfig:
     multiple_of: int = option(64, "with --sparsity: round kept widths to a multiple of this")
     rounds: int = option(7, "how often each test is timed")
     compact: bool = option(False, "run the MLPs through prunekit's CompactMLP")
+    save: str = option(
+        "", "write a baseline for --check, and nothing else", metavar="BASELINE.json"
+    )
+    check: str = option(
+        "", "exit with 1 where a test is slower than this baseline", metavar="BASELINE.json"
+    )
+    max_regression: float = option(0.05, "with --check: how much slower a test may be")
+    time_limit: float = option(300.0, "with --check: begin no more rounds after so many seconds")
     format: str = option(
         "table", "a table for people, or md, csv or jsonl rows", choices=("table", *ROW_FORMATS)
     )

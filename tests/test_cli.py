@@ -399,12 +399,33 @@ def test_rows_for_machines(capsys, form):
         (("--sparsity", "0.5", "--baseline", "x"), "leave --baseline out"),
         (("--sparsity", "1.5"), "sparsity: got 1.5"),
         (("--batch", "a"), "--batch: got 'a'; expected numbers such as 1,8"),
+        (("--save", "a.json", "--check", "b.json"), "save first, check later"),
+        (("--check", "none.json", "--max-regression", "0"), "--max-regression: got 0.0"),
+        (("--check", "none.json"), "none.json"),
     ],
 )
 def test_bench_refuses(capsys, folder, given, why):
     status, _, error = run(capsys, "bench", folder, *given, *BENCH)
     assert status == 2
     assert why in error
+
+
+def test_the_gate_passes_what_it_saved_and_fails_what_is_far_slower(capsys, tmp_path, folder):
+    path = tmp_path / "baseline.json"
+    status, text, _ = run(capsys, "bench", folder, *BENCH, "--save", path)
+    assert status == 0
+    assert f"{path}: 2 tests" in text
+    check = ("bench", folder, *BENCH, "--check", path, "--time-limit", 1)
+    status, text, _ = run(capsys, *check, "--max-regression", 9, "--json")
+    assert status == 0
+    assert {v["verdict"] for v in json.loads(text)["verdicts"]} == {"ok"}
+    saved = json.loads(path.read_text())
+    saved["ratios"] = {test: [r / 20 for r in each] for test, each in saved["ratios"].items()}
+    path.write_text(json.dumps(saved))
+    status, text, error = run(capsys, *check)
+    assert status == 1
+    assert text.count("regressed") == 2
+    assert "slower by more than 5%:" in error
 
 
 def test_env_names_what_serves_each_operation(capsys):

@@ -15,9 +15,10 @@ from prunekit.checkpoint import save
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.compact import compact_modules, prune
 from prunekit.config import BenchConfig
-from prunekit.errors import InputError
+from prunekit.errors import CheckError, InputError
 from prunekit.experiment.twin import twin
 from prunekit.integrations.loading import load
+from prunekit.measure import gate
 from prunekit.measure.comparison import Throughput, bench_models
 from prunekit.measure.memory import model_bytes, parameter_count, peak_memory
 from prunekit.measure.provenance import provenance
@@ -28,13 +29,17 @@ EXAMPLES = """  prunekit bench small --baseline demo
   prunekit bench demo --sparsity 0.2,0.35,0.5 --compact
   prunekit bench small --baseline demo --batch 1,8 --prompt 256 --generate 64
   prunekit bench small --baseline demo --format md
-  prunekit bench small --json > small.json"""
+  prunekit bench small --json > small.json
+  prunekit bench small --save baseline.json
+  prunekit bench small --check baseline.json --max-regression 0.05"""
 
 
 def run(config: BenchConfig, output: Output) -> int:
     """Measure every test of every model, and print a row each."""
     batch = [int(size) for size in _numbers("--batch", config.batch, int)]
     models, folders = _models(config)
+    if config.save or config.check:
+        return _gate(config, _drop_in(models, config), batch, output)
     sizes = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models.items():
@@ -42,8 +47,7 @@ def run(config: BenchConfig, output: Output) -> int:
             peak = peak_memory(at, dtype=config.dtype, prompt=config.prompt)
             size = {"parameters": parameter_count(model), "bytes": model_bytes(model)}
             sizes[name] = size | peak
-    if config.compact:
-        models = {name: compact_modules(model) for name, model in models.items()}
+    models = _drop_in(models, config)
     rows = bench_models(
         models,
         prompt=config.prompt,
@@ -67,6 +71,45 @@ def run(config: BenchConfig, output: Output) -> int:
     else:
         output.rows(config.format, [_flat(row, sizes[row.model]) for row in rows])
     output.json({"rows": [asdict(row) for row in rows], "models": sizes, "provenance": facts})
+    return 0
+
+
+def _drop_in(models: dict[str, nn.Module], config: BenchConfig) -> dict[str, nn.Module]:
+    if not config.compact:
+        return models
+    return {name: compact_modules(model) for name, model in models.items()}
+
+
+def _gate(
+    config: BenchConfig, models: dict[str, nn.Module], batch: list[int], output: Output
+) -> int:
+    """Write a baseline, or hold the models against one."""
+    if config.save and config.check:
+        raise InputError("--save: not together with --check; save first, check later")
+    if config.max_regression <= 0:
+        raise InputError(f"--max-regression: got {config.max_regression}; expected 0.05, say")
+    sizes = {"prompt": config.prompt, "generate": config.generate, "batch": batch}
+    options = sizes | {"compact": config.compact, "models": list(models)}
+    if config.save:
+        ratios = gate.measured(models, **sizes)(max(config.rounds, gate.ROUNDS))
+        gate.save_baseline(config.save, ratios, options)
+        output.line(f"{config.save}: {len(ratios)} tests, times over a reference of plain torch")
+        output.json({"baseline": config.save, "ratios": ratios})
+        return 0
+    before = gate.read_baseline(config.check, options)
+    more = gate.measured(models, **sizes)
+    found = gate.decide(before, more, config.max_regression, config.time_limit)
+    table = [
+        (v.test, f"{v.change:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", v.verdict) for v in found
+    ]
+    output.table(f"time against {config.check}", ("test", "change", "95 %", "verdict"), table)
+    slower = [v.test for v in found if v.verdict == gate.REGRESSED]
+    undecided = [v.test for v in found if v.verdict == gate.UNDECIDED]
+    if undecided:
+        output.note(f"not decided in {config.time_limit:.0f} s: {', '.join(undecided)}")
+    output.json({"verdicts": [asdict(v) for v in found]})
+    if slower:
+        raise CheckError(f"slower by more than {config.max_regression:.0%}: {', '.join(slower)}")
     return 0
 
 

@@ -46,6 +46,28 @@ class Throughput:
     bound: Bound | None = None
 
 
+def cases_of(
+    models: Mapping[str, nn.Module], prompt: int, generate: int, batch: Sequence[int]
+) -> dict[tuple[str, str, int], tuple[Callable[[], None], int]]:
+    """Return what runs a test, and how many tokens that is, by model, test and batch size.
+
+    Raises:
+        InputError: no model, or a size below 1.
+    """
+    if not models:
+        raise InputError("bench: no model")
+    if min(prompt, generate, *batch) < 1:
+        raise InputError("bench: prompt, generate and batch must be at least 1")
+    cases: dict[tuple[str, str, int], tuple[Callable[[], None], int]] = {}
+    for size in batch:
+        for name, model in models.items():
+            cases[name, f"pp{prompt}", size] = prefill_case(model, size, prompt), size * prompt
+        for name, model in models.items():
+            case = decode_case(model, size, prompt, generate)
+            cases[name, f"tg{generate}", size] = case, size * generate
+    return cases
+
+
 def bench_models(
     models: Mapping[str, nn.Module],
     *,
@@ -71,17 +93,9 @@ def bench_models(
     Cost:
         rounds + 1 prefills and decodes a model and batch size; three more to explain.
     """
-    if not models:
-        raise InputError("bench: no model")
-    if min(prompt, generate, rounds, *batch) < 1:
-        raise InputError("bench: prompt, generate, batch and rounds must be at least 1")
-    cases: dict[tuple[str, str, int], tuple[Callable[[], None], int]] = {}
-    for size in batch:
-        for name, model in models.items():
-            cases[name, f"pp{prompt}", size] = prefill_case(model, size, prompt), size * prompt
-        for name, model in models.items():
-            case = decode_case(model, size, prompt, generate)
-            cases[name, f"tg{generate}", size] = case, size * generate
+    if rounds < 1:
+        raise InputError(f"bench: got rounds {rounds}; expected at least 1")
+    cases = cases_of(models, prompt, generate, batch)
     seconds = interleave({key: run for key, (run, _) in cases.items()}, rounds, warmup=1)
     baseline = next(iter(models))
     rows = []

@@ -1,0 +1,99 @@
+"""The gate: what it says of ratios drawn at random, its file, and a run of it."""
+
+import json
+import random
+
+import pytest
+
+from prunekit.errors import InputError
+from prunekit.measure import gate
+from prunekit.measure.gate import OK, REGRESSED, UNDECIDED, decide, verdict
+from tests.models import tiny_model
+
+
+def machine(seed, slow_down=1.0, noise=0.03, spikes=0.1):
+    """Ratios as a shared machine gives them: noise, and now and then another process."""
+    draw = random.Random(seed)
+
+    def more(rounds):
+        def once():
+            busy = 1 + draw.random() if draw.random() < spikes else 1.0
+            return slow_down * busy * draw.gauss(1.0, noise)
+
+        return {"tg": [once() for _ in range(rounds)]}
+
+    return more
+
+
+def steps():
+    """A clock that goes on by a second each time it is read."""
+    now = iter(range(10_000))
+    return lambda: next(now)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.03, 0.08])
+def test_an_unchanged_revision_raises_no_alarm(noise):
+    for seed in range(200):
+        before = machine(seed, noise=noise)(gate.ROUNDS)
+        (found,) = decide(before, machine(seed + 1000, noise=noise), 0.05, 8, steps())
+        assert found.verdict != REGRESSED
+
+
+def test_a_tenth_slower_is_caught():
+    caught = 0
+    for seed in range(100):
+        before = machine(seed)(3 * gate.ROUNDS)
+        (found,) = decide(before, machine(seed + 1000, slow_down=1.10), 0.05, 20, steps())
+        caught += found.verdict == REGRESSED
+        assert found.verdict != OK
+    assert caught >= 95
+
+
+def test_a_quiet_machine_says_ok_at_once():
+    (found,) = decide(
+        machine(1, noise=0.002, spikes=0)(11), machine(2, noise=0.002, spikes=0), 0.05, 8, steps()
+    )
+    assert found.verdict == OK
+    assert abs(found.change) < 0.01
+    assert found.low <= found.change <= found.high
+
+
+def test_too_much_noise_is_not_decided():
+    wild = {"noise": 0.3}
+    (found,) = decide(machine(1, **wild)(11), machine(2, **wild), 0.05, 3, steps())
+    assert found.verdict == UNDECIDED
+
+
+def test_the_interval_holds_the_true_ratio():
+    held = 0
+    for seed in range(300):
+        before, now = (machine(s, f)(15)["tg"] for s, f in ((seed, 1.0), (seed + 5000, 1.2)))
+        low, high = gate.interval(before, now, 0.95)
+        held += low <= 1.2 <= high
+    assert 0.92 * 300 <= held < 300
+
+
+def test_few_rounds_raise_no_alarm():
+    assert verdict("tg", [1.0] * 5, [2.0] * 5, 0.05).verdict == UNDECIDED
+    assert verdict("tg", [1.0] * 11, [2.0] * 11, 0.05).verdict == REGRESSED
+
+
+def test_ratios_of_a_model(llama, tmp_path):
+    sizes = {"prompt": 8, "generate": 2, "batch": [1]}
+    more = gate.measured({"m": llama, "small": tiny_model("llama", intermediate_size=16)}, **sizes)
+    ratios = more(2)
+    assert sorted(ratios) == [
+        "m pp8 batch 1",
+        "m tg2 batch 1",
+        "small pp8 batch 1",
+        "small tg2 batch 1",
+    ]
+    assert all(len(each) == 2 and min(each) > 0 for each in ratios.values())
+    options = sizes | {"models": ["m"]}
+    gate.save_baseline(tmp_path / "b.json", ratios, options)
+    assert gate.read_baseline(tmp_path / "b.json", options) == ratios
+    with pytest.raises(InputError, match="measured with prompt 8, not 9"):
+        gate.read_baseline(tmp_path / "b.json", options | {"prompt": 9})
+    (tmp_path / "other.json").write_text(json.dumps({"kind": "x"}))
+    with pytest.raises(InputError, match="no baseline of this version"):
+        gate.read_baseline(tmp_path / "other.json", options)
