@@ -96,12 +96,15 @@ def check(model: Model) -> bool:
 
 
 def decode(engine: llama_cpp.Llama, count: int):
-    """Decodes tokens one by one, after one; which ones matters not for the time."""
+    """Decodes tokens one by one, as llama-bench does; which ones matters not for the time."""
+    token = (llama_cpp.llama_token * 1)()
 
     def run() -> None:
-        engine.reset()
-        for token in range(100, 100 + count):
-            engine.eval([token])
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(engine.ctx), True)
+        for token[0] in range(100, 100 + count):
+            if llama_cpp.llama_decode(engine.ctx, llama_cpp.llama_batch_get_one(token, 1)):
+                raise RuntimeError("llama_decode failed")
+        llama_cpp.llama_synchronize(engine.ctx)
 
     return run
 
@@ -125,6 +128,7 @@ def opened(sources: dict[str, str], outtype: str, threads: int) -> Iterator[list
             path = Path(place) / f"{name}.gguf"
             save_gguf(pk.load(source), load_tokenizer(source), path, outtype)
             options = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
+            options["flash_attn"] = True  # llama.cpp's own tools choose it by themselves
             engine = llama_cpp.Llama(str(path), verbose=False, **options)
             found.append(Model(name, path, engine))
         yield found
