@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from prunekit.cli.output import Output
 from prunekit.cli.parser import Parser, add_options, to_config
 from prunekit.errors import CheckError, InputError
-from prunekit.ops.registry import BackendError
+from prunekit.ops.registry import BackendError, check_forced
 
 VERBS = (
     "demo",
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     output = Output(as_json=namespace.json)
     try:
+        check_forced()
         return namespace.module.run(to_config(namespace, namespace.module.CONFIG), output)
     except (InputError, BackendError) as error:
         print(f"prunekit {namespace.verb}: {error}", file=sys.stderr)

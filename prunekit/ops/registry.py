@@ -71,7 +71,13 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
     return operation
 
 
+def check_forced() -> None:
+    """Raise BackendError where PRUNEKIT_BACKEND names none; importing prunekit does not."""
+    _check_backend(_forced)
+
+
 def _forced_kernel(name: str) -> Callable[..., Any]:
+    check_forced()
     operation = OPERATIONS[name]
     kernel = operation.backends.get(_forced)
     if kernel is None:
@@ -100,4 +106,4 @@ def call(name: str, *args: Any) -> Any:
     return _forced_kernel(name)(*args)
 
 
-_forced = _check_backend(os.environ.get("PRUNEKIT_BACKEND"))
+_forced = os.environ.get("PRUNEKIT_BACKEND") or None

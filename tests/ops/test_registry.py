@@ -43,6 +43,15 @@ def test_the_environment_forces_too(value, served):
     assert served or "backend cuda cannot serve it" in done.stderr
 
 
+def test_an_unknown_backend_in_the_environment_is_one_line():
+    environment = os.environ | {"PRUNEKIT_BACKEND": "fast"}
+    command = [sys.executable, "-m", "prunekit", "env"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    wanted = "PRUNEKIT_BACKEND: got 'fast'; expected one of reference, cpp, triton, cuda"
+    assert done.stderr == f"prunekit env: {wanted}\n"
+
+
 def test_every_operation_has_a_reference_and_a_schema():
     for name, operation in OPERATIONS.items():
         assert operation.backends["reference"] is operation.reference
