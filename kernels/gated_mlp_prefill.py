@@ -69,8 +69,8 @@ def _dual_tile(
 
 
 # Registers a thread under Triton 3.9 (T 512, D 1536, F 8960, bf16, silu, no biases), none spilled:
-#   sm_80 128, sm_100 80, gfx90a and gfx942 154; two blocks a multiprocessor. sm_90 178, one block of
-#   twice the tile. With statistics 128, 120, 179 and 255, and as many blocks.
+#   sm_80 128, sm_100 80, gfx90a and gfx942 154; two blocks a multiprocessor. sm_90 178, one block
+#   of twice the tile. With statistics 128, 120, 179 and 255, and as many blocks.
 @triton.jit(do_not_specialize=["tokens", "segment_count"])
 def _dual_product_kernel(
     x,  # [T, D], rows x_stride apart; a descriptor where DESCRIPTOR
