@@ -8,6 +8,17 @@ from torch import nn
 NEAR_TIE = 0.25  # nats; bf16 holds logits of 16 to 32, as these models have, to 0.0625 either way
 
 
+def greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """What transformers puts greedily after each prompt, one prompt at a time."""
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
 @torch.no_grad()
 def shortfalls(model: nn.Module, prompt: list[int], continuation: list[int]) -> list[float]:
     """How much less likely each token of a continuation is than the likeliest one, in nats.

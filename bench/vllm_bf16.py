@@ -14,7 +14,7 @@ from types import MethodType
 import torch
 from torch import nn
 
-from bench.agreement import NEAR_TIE, shortfalls
+from bench.agreement import NEAR_TIE, greedy, shortfalls
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 _FACTOR = 2.0  # sums in another order may double what rounding does
@@ -76,10 +76,6 @@ def explained(model: nn.Module, prompts: list[list[int]], tokens: int) -> float:
     Cost:
         Two generations and a forward a prompt.
     """
-    other, worst = computing_as(model, vllm_rounds()), 0.0
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
-        out = other.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        worst = max(worst, *shortfalls(model, prompt, out[0, len(prompt) :].tolist()))
+    found = greedy(computing_as(model, vllm_rounds()), prompts, tokens)
+    worst = max(max(shortfalls(model, p, c)) for p, c in zip(prompts, found, strict=True))
     return max(NEAR_TIE, _FACTOR * worst)

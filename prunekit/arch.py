@@ -166,6 +166,11 @@ def cache_keyword(model: nn.Module) -> str:
     return "cache" if "cache" in accepted else "past_key_values"
 
 
+def holds_attention(module: nn.Module) -> bool:
+    """Whether what holds an MLP's projections is a whole layer, as in OPT, with its attention."""
+    return any("attn" in name for name, _ in module.named_children())
+
+
 def layer_config(config, layer: int):
     """What a configuration says of one layer, whose MLP may have a width of its own."""
     return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
@@ -392,8 +397,7 @@ def _random_input(view: MLPView) -> torch.Tensor:
 def _verify(views: list[MLPView]) -> None:
     checked: set[type] = set()
     for view in views:
-        owns_attention = any("attn" in name for name, _ in view.module.named_children())
-        unreadable = not view.readable or owns_attention
+        unreadable = not view.readable or holds_attention(view.module)
         if type(view.module) in checked or unreadable:
             continue
         checked.add(type(view.module))

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from prunekit import ops
-from prunekit.arch import MLPView, Slot, blocks, check_finite, find_mlps, text_config
+from prunekit.arch import (
+    MLPView,
+    Slot,
+    blocks,
+    check_finite,
+    find_mlps,
+    holds_attention,
+    text_config,
+)
 from prunekit.compensate import (
     MINUTES,
     Repair,
@@ -340,8 +348,7 @@ def compact_modules(model: nn.Module, plan: PrunePlan | None = None) -> nn.Modul
     """
     views = find_mlps(model)
     for view in views:
-        holds_attention = any("attn" in name for name, _ in view.module.named_children())
-        if view.kind not in ("gated", "fused", "plain") or holds_attention:
+        if view.kind not in ("gated", "fused", "plain") or holds_attention(view.module):
             raise InputError(
                 f"compact_modules: {view.name} ({view.kind}, {type(view.module).__name__}) is no "
                 "module of its own with Linear projections; it runs as it is"

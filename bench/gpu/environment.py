@@ -60,19 +60,21 @@ def _card(device: torch.device) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device, arguments: list[str], revision: str | None) -> dict[str, Any]:
+def environment(
+    device: torch.device, arguments: list[str], revision: str | None, *, module: str = "bench.gpu"
+) -> dict[str, Any]:
     """Return what belongs beside every figure.
 
     Args:
         device: what the run is on.
-        arguments: of `python -m bench.gpu`.
+        arguments: of `python -m MODULE`.
         revision: of the sources, where they are no git tree, or one of another state.
     """
     facts = provenance(
         device_type=device.type,
         cuda=torch.version.cuda,
         hip=torch.version.hip,
-        command=shlex.join(["python", "-m", "bench.gpu", *arguments]),
+        command=shlex.join(["python", "-m", module, *arguments]),
         **_card(device),
     )
     if revision is not None or "revision" not in facts:

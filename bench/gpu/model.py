@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from bench.gpu.environment import environment
 from bench.gpu.results import MEASURED, REHEARSED, SCHEMA, safe_name
-from bench.gpu.speed import warm_up
+from bench.gpu.speed import race
 from bench.gpu.timer import timer_for
 from prunekit.arch import cache_keyword
 from prunekit.compact import compact_modules
 from prunekit.experiment.twin import twin
 from prunekit.files import write_json
+from prunekit.measure.memory import parameter_count
 from prunekit.measure.provenance import device_name
-from prunekit.measure.timing import summarise
 
 RESULTS = Path(__file__).parents[1] / "results" / "models"
 MODELS = {
@@ -123,24 +123,19 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> lis
     dense = MODELS[name][1].intermediate_size
     for sparsity in SPARSITIES:
         plain = build(name, width_at(dense, sparsity), device)
-        size = sum(p.numel() for p in plain.parameters())
-        facts[sparsity] = {"width": plain.config.intermediate_size, "parameters": size}
+        width = plain.config.intermediate_size
+        facts[sparsity] = {"width": width, "parameters": parameter_count(plain)}
         for way, model in ((PLAIN, plain), (OURS, compact_modules(twin(plain)))):
             for batch in options.batch:
                 step = decode(model, batch, options.context)
                 runs[sparsity, way, f"decode {batch}"] = timer.capture(step)[0]
             runs[sparsity, way, f"prefill {options.prompt}"] = prefill(model, options.prompt)
-    for run in runs.values():
-        warm_up(lambda run=run: timer.seconds(run))
-    taken: dict[tuple[float, str, str], list[float]] = {key: [] for key in runs}
-    for _ in range(options.rounds):
-        for key, run in runs.items():
-            taken[key].append(timer.seconds(run))
+    once = {key: partial(timer.seconds, run) for key, run in runs.items()}
     return [
         {"model": name, "sparsity": sparsity, "way": way, "test": test}
         | facts[sparsity]
-        | asdict(summarise(values))
-        for (sparsity, way, test), values in taken.items()
+        | asdict(summary)
+        for (sparsity, way, test), summary in race(once, options.rounds).items()
     ]
 
 
@@ -165,9 +160,7 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     path = options.out / f"{safe_name(device_name())}.json"
-    about = environment(device, arguments, options.revision) | {
-        "command": shlex.join(["python", "-m", "bench.gpu.model", *arguments])
-    }
+    about = environment(device, arguments, options.revision, module="bench.gpu.model")
     kind = MEASURED if device.type == "cuda" else REHEARSED
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:

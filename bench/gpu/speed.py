@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict
 from typing import Any
 
@@ -57,11 +57,11 @@ def warm_up(seconds: Callable[[], float]) -> int:
     return len(taken)
 
 
-def race(seconds: dict[str, Callable[[], float]], rounds: int) -> dict[str, Summary]:
+def race(seconds: dict[Hashable, Callable[[], float]], rounds: int) -> dict[Hashable, Summary]:
     """Warm every contender up, then time each once a round."""
     for once in seconds.values():
         warm_up(once)
-    taken: dict[str, list[float]] = {name: [] for name in seconds}
+    taken: dict[Hashable, list[float]] = {name: [] for name in seconds}
     for _ in range(rounds):
         for name, once in seconds.items():
             taken[name].append(once())

@@ -7,22 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from prunekit.arch import find_mlps
 from prunekit.checkpoint import save
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.compact import compact_modules, prune
 from prunekit.config import BenchConfig
 from prunekit.errors import CheckError, InputError
-from prunekit.experiment.twin import twin
+from prunekit.experiment.twin import plan_of_widths, twin
 from prunekit.integrations.loading import load
 from prunekit.measure import gate
 from prunekit.measure.comparison import Throughput, bench_models
 from prunekit.measure.memory import model_bytes, parameter_count, peak_memory
 from prunekit.measure.provenance import provenance
-from prunekit.plan import plan
 
 CONFIG = BenchConfig
 EXAMPLES = """  prunekit bench small --baseline demo
@@ -36,7 +33,7 @@ EXAMPLES = """  prunekit bench small --baseline demo
 
 def run(config: BenchConfig, output: Output) -> int:
     """Measure every test of every model, and print a row each."""
-    batch = [int(size) for size in _numbers("--batch", config.batch, int)]
+    batch = _numbers("--batch", config.batch, int)
     models, folders = _models(config)
     if config.save or config.check:
         return _gate(config, _drop_in(models, config), batch, output)
@@ -122,11 +119,9 @@ def _models(config: BenchConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
         raise InputError("--sparsity: MODEL is then the dense one; leave --baseline out")
     sparsities = _numbers("--sparsity", config.sparsity, float)
     dense = load(config.model, dtype=config.dtype)
-    scores = [torch.zeros(view.width) for view in find_mlps(dense)]
     models = {config.model: dense}
     for sparsity in sparsities:
-        # Which neurons are left makes no difference to the time.
-        chosen = plan(scores, sparsity, multiple_of=config.multiple_of)
+        chosen = plan_of_widths(dense, sparsity, config.multiple_of)
         name = f"{config.model} at {chosen.sparsity:.1%}"
         models[name] = prune(twin(dense), chosen, compensate="none")
     return models, {config.model: config.model}

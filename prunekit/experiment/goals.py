@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
 from prunekit.arch import find_mlps
 from prunekit.compact import prune
 from prunekit.errors import InputError
+from prunekit.experiment.twin import plan_of_widths
 from prunekit.measure.comparison import bench_models
 from prunekit.measure.memory import model_bytes
-from prunekit.plan import kept_width, plan
+from prunekit.plan import kept_width
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
@@ -138,11 +138,9 @@ def measure_speed(
     Cost:
         Three copies of the model, and rounds + 1 decodes of each and of the dense one.
     """
-    views = find_mlps(model, verify=False)
-    zeros = [torch.zeros(view.width) for view in views]
     models, reached = {"dense": model}, [0.0]
     for sparsity in _TRIED:
-        chosen = plan(zeros, sparsity, multiple_of=multiple_of)
+        chosen = plan_of_widths(model, sparsity, multiple_of)
         if chosen.sparsity > reached[-1]:
             reached.append(chosen.sparsity)
             smaller = prune(copy.deepcopy(model), chosen, compensate="none")

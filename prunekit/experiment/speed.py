@@ -17,11 +17,11 @@ from prunekit.checkpoint import save, weight_bytes
 from prunekit.compact import prune
 from prunekit.experiment.cells import Cell
 from prunekit.experiment.protocol import Protocol
-from prunekit.experiment.twin import twin
+from prunekit.experiment.twin import plan_of_widths, twin
 from prunekit.files import write_json
 from prunekit.measure.comparison import bench_models
 from prunekit.measure.memory import peak_memory
-from prunekit.plan import PrunePlan, plan
+from prunekit.plan import PrunePlan
 
 SPEED = "speed.json"
 _SHARE = 0.5  # of the free memory that the models beside the dense one may take together
@@ -42,11 +42,10 @@ def measure_widths(
         memory, a folder written and a process started a width.
     """
     views = find_mlps(model, verify=False)
-    zeros = [torch.zeros(view.width) for view in views]
     dense = str(views[0].width)
     plans: dict[str, PrunePlan] = {}
     for sparsity in sorted({cell.sparsity for cell in cells if cell.sparsity}):
-        chosen = plan(zeros, sparsity, multiple_of=protocol.multiple_of)
+        chosen = plan_of_widths(model, sparsity, protocol.multiple_of)
         if chosen.sparsity > 0:
             plans.setdefault(str(chosen.widths()[0]), chosen)
     found: dict[str, dict[str, Any]] = {dense: {"sparsity": 0.0}}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
+
+from prunekit.arch import find_mlps
+from prunekit.plan import PrunePlan, plan
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -14,3 +18,9 @@ def twin(model: nn.Module) -> nn.Module:
     which repairs do overwrite, are the copy's.
     """
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if p.dim() > 1})
+
+
+def plan_of_widths(model: nn.Module, sparsity: float, multiple_of: int) -> PrunePlan:
+    """A plan that keeps the first neurons, for what depends on the widths alone: speed, memory."""
+    zeros = [torch.zeros(view.width) for view in find_mlps(model, verify=False)]
+    return plan(zeros, sparsity, multiple_of=multiple_of)

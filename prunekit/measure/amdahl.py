@@ -37,10 +37,11 @@ class Bound:
 def mlp_weights(model: nn.Module) -> int:
     """Numbers in the MLPs' projections, biases left out."""
     views = find_mlps(model, verify=False)
-    slots = (s for view in views for role, s in view.slots.items() if "bias" not in role)
     return sum(
-        (s.parameter if s.expert is None else s.parameter[s.expert]).numel()
-        for s in {(id(s.owner), s.name, s.expert): s for s in slots}.values()
+        slot.read(view.width).numel()
+        for view in views
+        for role, slot in view.slots.items()
+        if "bias" not in role
     )
 
 
@@ -50,13 +51,12 @@ def _unaligned(model: nn.Module) -> int | None:
     return next((width for width in widths if width % _ALIGNED), None)
 
 
-def bound(dense: Parts, pruned: Parts, kept: float, measured: float) -> tuple[float, str]:
+def bound(dense: Parts, pruned: Parts, kept: float) -> tuple[float, str]:
     """Return the largest speed-up that a profile allows, and the part that falls short most.
 
     Args:
         dense, pruned: the seconds that the two models' runs took by part.
         kept: the share of the dense MLPs' weights that is left.
-        measured: the speed-up of whole runs.
     """
     allowed = dense.total / (dense.total - dense.mlp * (1 - kept))
     excess = {
@@ -74,10 +74,11 @@ def explain(
     """Put a measured speed-up beside its bound, in words.
 
     Args:
-        dense, pruned, kept, measured: as for `bound`.
+        dense, pruned, kept: as for `bound`.
+        measured: the speed-up of whole runs.
         unaligned: a width that is no multiple of 32, if the pruned model has one.
     """
-    allowed, short = bound(dense, pruned, kept, measured)
+    allowed, short = bound(dense, pruned, kept)
     reached = measured / allowed
     share = dense.mlp / dense.total
     why = (

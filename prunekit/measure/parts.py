@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from prunekit.arch import MLPView, find_mlps
+from prunekit.arch import MLPView, find_mlps, holds_attention
 
 PARTS = ("mlp", "attention", "head", "rest")
 
@@ -30,15 +30,11 @@ class Parts:
         return self.mlp + self.attention + self.head + self.rest
 
 
-def _holds_attention(module: nn.Module) -> bool:
-    return any("attn" in name or "attention" in name for name, _ in module.named_children())
-
-
 def _mlp_modules(views: list[MLPView]) -> list[nn.Module]:
     """The MLPs' modules; where one holds attention too, as in OPT, its projections instead."""
     found: dict[int, nn.Module] = {}
     for view in views:
-        own = not _holds_attention(view.module)
+        own = not holds_attention(view.module)
         for module in [view.module] if own else [slot.owner for slot in view.slots.values()]:
             found[id(module)] = module
     return list(found.values())

@@ -53,13 +53,14 @@ def gated_mlp_indexed(
     down_bias: Optional = None,
     act: str = "silu",
 ) -> torch.Tensor:
-    """Apply `gated_mlp` over the neurons that index names; no weight is copied on a GPU.
+    """Apply `gated_mlp` over the neurons that index names; to decode on a GPU no weight is copied.
 
     Args:
         x: [..., D], bf16/fp16/fp32/fp64.
         gate, up: [F, D], dense; up None for a plain MLP.
         down: [D, F], dense.
-        index: [K], int32 or int64, each in [0, F), on x's device; a GPU kernel does not check it.
+        index: [K], int32 or int64, each in [0, F) and none twice, on x's device; a GPU kernel does
+            not check it. Weights that it does not name must be finite.
         gate_bias, up_bias: [F] or None. down_bias: [D] or None.
         act: silu, gelu, gelu_tanh, relu or relu2.
 
@@ -71,8 +72,9 @@ def gated_mlp_indexed(
             vector of integers.
 
     Cost:
-        6·T·D·K FLOP; 2·K·D·b bytes of gate and up, and nearly all of down's D·F·b, for kept columns
-        lie in nearly every 32-byte sector. On the CPU the kept weights are copied first.
+        6·T·D·K FLOP; 2·K·D·b bytes of gate and up, and all of down's D·F·b, for kept columns lie in
+        nearly every 32-byte sector. On the CPU, and for more than 16 tokens on a GPU, the kept
+        weights are copied first.
     """
     check_shapes("gated_mlp_indexed", x, gate, up, down)
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import prunekit as pk
-from bench.agreement import shortfalls
+from bench.agreement import greedy, shortfalls
 from bench.vllm_bf16 import cut_off, explained, nearest, vllm_rounds
 from prunekit.arch import find_mlps
 from prunekit.checkpoint.widths import DECODER_LAYERS
@@ -22,17 +22,6 @@ TEXTS = [
 ]
 
 
-def continued(model, prompts=PROMPTS):
-    """What transformers puts greedily after each prompt, one prompt at a time."""
-    options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        found.append(out[0, len(prompt) :].tolist())
-    return found
-
-
 def widths_of(model):
     return [view.width for view in find_mlps(model)]
 
@@ -42,7 +31,7 @@ def check(vllm, model, folder, **options):
     pk.save(model, None, folder)
     vllm.load(str(folder), dtype="float32", skip_tokenizer_init=True, **options)
     assert vllm.widths() == widths_of(model)
-    assert vllm.continues(PROMPTS, TOKENS) == continued(model)
+    assert vllm.continues(PROMPTS, TOKENS) == greedy(model, PROMPTS, TOKENS)
 
 
 @pytest.mark.parametrize("model_type", sorted(DECODER_LAYERS))
@@ -89,7 +78,7 @@ def test_the_demo_model(widths, dtype, tmp_path, vllm, demo_model):
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     found = vllm.continues(prompts, TOKENS)
     if dtype == "float32":
-        assert found == continued(model.float(), prompts)
+        assert found == greedy(model.float(), prompts, TOKENS)
     else:
         model = model.float()
         lost = [shortfalls(model, p, c) for p, c in zip(prompts, found, strict=True)]
