@@ -17,6 +17,7 @@ from prunekit.batching import Batch
 # CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
 _ROUND = 32
 _HEAD_BYTES = 1 << 26  # of fp32 logits at a time
+IGNORED = -100  # cross_entropy's label for what is not to be scored
 KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
 
 
@@ -89,10 +90,11 @@ def loss_backward(
             if not head:
                 head.append(_bare_head(model, batch))
             ids = padded(batch).to(embeddings.weight.device)
-            labels = _labels(batch, ids)
+            labels = next_tokens(batch, ids)
             if head[0] is None:
                 logits = model(input_ids=ids, use_cache=False).logits
-                _summed(logits[labels != -100], labels[labels != -100]).backward()
+                known = labels != IGNORED
+                _summed(logits[known], labels[known]).backward()
                 return
             hidden = decoder_of(model)(input_ids=ids, use_cache=False)[0]
             hidden.backward(_through_head(head[0], hidden.detach(), labels))
@@ -107,14 +109,19 @@ def kept_bytes(views: Sequence[MLPView]) -> int:
     return size * (4 * sum(view.width for view in views) + 16 * sum(layers.values()))
 
 
-def _labels(batch: Batch, ids: torch.Tensor) -> torch.Tensor:
-    """The token that each position is to predict, [B, S]; -100 where there is none to score."""
+def next_tokens(batch: Batch, ids: torch.Tensor) -> torch.Tensor:
+    """The token that each position is to predict: [B, S]; IGNORED where there is none to score.
+
+    Args:
+        batch: whose `scored` and `lengths` say which tokens count.
+        ids: [B, S], its token ids, padded to any length.
+    """
     following = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     first, end = (
         torch.tensor(t, device=ids.device)[:, None] for t in (batch.scored, batch.lengths)
     )
     known = (following >= first) & (following < end)
-    return ids.roll(-1, dims=1).masked_fill(~known, -100)
+    return ids.roll(-1, dims=1).masked_fill(~known, IGNORED)
 
 
 def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -127,7 +134,7 @@ def _through_head(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -
     gradient = torch.zeros_like(hidden)
     labels = labels.to(hidden.device)
     rows = max(_HEAD_BYTES // (4 * head.weight.shape[0]), 1)
-    for chosen in (labels != -100).flatten().nonzero().flatten().split(rows):
+    for chosen in (labels != IGNORED).flatten().nonzero().flatten().split(rows):
         part = hidden.flatten(0, 1)[chosen].requires_grad_()
         _summed(head(part), labels.flatten()[chosen]).backward()
         gradient.flatten(0, 1)[chosen] = part.grad

@@ -198,7 +198,7 @@ def test_the_share_kept_is_the_best_of_all_for_the_prompts_left_apart(
     def loss(values):
         for weight, value in zip(weights, values, strict=True):
             weight.copy_(value)
-        return sum(teacher.divergence(model, b).item() for b in batches(apart, 256))
+        return sum(teacher.mixed_loss(model, b) for b in batches(apart, 256))
 
     kept = model.prunekit["distill_share"]
     losses = {share: loss(values) for share, values in seen.items()}
@@ -220,3 +220,30 @@ def test_a_token_counts_as_much_as_its_prompt_weighs(llama, tokenizer, texts):
         each = [plain.divergence(other, next(batches([p], 10_000))).item() for p in encoded]
     want = sum(p.weight * e for p, e in zip(prompts, each, strict=True))
     assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_the_mixed_loss_is_of_completions_alone_and_of_both_targets(
+    llama, tokenizer, texts, monkeypatch
+):
+    """Against each prompt by itself, without batches: the divergence and the loss, weighed."""
+    monkeypatch.setattr(importlib.import_module("prunekit.compensate.teacher"), "TOP", 100)
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    encoded = [Tokens(tuple(tokenizer(text).input_ids), 2) for text in texts if len(text) > 20][:6]
+    weights = (1, 0.25, 0, 1, 0.25, 0)
+    prompts = [replace(p, weight=w) for p, w in zip(encoded, weights, strict=True)]
+    want = 0.0
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
+        with torch.no_grad():
+            model, dense = (
+                m(input_ids=ids).logits[0, 1:-1].log_softmax(-1) for m in (other, llama)
+            )
+        loss = F.nll_loss(model, ids[0, 2:], reduction="sum")
+        divergence = F.kl_div(model, dense, reduction="sum", log_target=True)
+        want += prompt.weight * (loss + divergence).item()
+    teacher = Teacher(llama, prompts, quiet=True)
+    got = sum(teacher.mixed_loss(other, batch) for batch in batches(prompts, 64))
+    assert got == pytest.approx(want, rel=2e-3)

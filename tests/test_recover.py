@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import prunekit as pk
+from prunekit.backward import IGNORED
 from prunekit.batching import Tokens
 from prunekit.corpus import Corpus, Example
 from prunekit.errors import InputError
 from prunekit.evaluate import evaluate_loss
-from prunekit.recover.data import IGNORED, ByLength, collate, training_tokens
+from prunekit.recover.data import ByLength, collate, training_tokens
 from prunekit.recover.settings import PRESETS, resolve
 from tests.models import logits, tiny_model
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from prunekit.backward import IGNORED, next_tokens
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.ops.linear import quick_linears
 from prunekit.progress import progress_bar
@@ -52,14 +54,13 @@ class Teacher:
     def _ask(self, model: nn.Module, batch: Batch) -> None:
         top, index = likeliest(counted_logits(model, batch))
         pairs = zip(
-            batch.ids.tolist(),
-            batch.lengths,
+            _rows(batch),
             top.half().cpu().split(batch.lengths),
             index.int().cpu().split(batch.lengths),
             strict=True,
         )
-        for ids, length, *said in pairs:
-            self._said[tuple(ids[:length])] = tuple(said)
+        for ids, *said in pairs:
+            self._said[ids] = tuple(said)
 
     def divergence(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """KL(dense ‖ model) summed over a batch's tokens, each as much as its prompt weighs.
@@ -73,17 +74,43 @@ class Teacher:
         Returns:
             A scalar, fp32.
         """
-        rows = list(zip(batch.ids.tolist(), batch.lengths, strict=True))
-        lengths = torch.tensor(batch.lengths)
-        said = [self._said[tuple(ids[:length])] for ids, length in rows]
+        return self._weighed(self._divergence(counted_logits(model, batch), batch), batch).sum()
+
+    @torch.no_grad()
+    def mixed_loss(self, model: nn.Module, batch: Batch) -> float:
+        """KL(dense ‖ model) plus the model's own loss, summed over the tokens of completions.
+
+        Up to a constant twice the cross-entropy against an even mixture of the dense model's next
+        token and the text's. Tokens weigh as in `divergence`; of plain text all are summed.
+
+        Source:
+            Soft and hard targets: Hinton et al., arXiv 1503.02531, section 2.
+        """
         logits = counted_logits(model, batch)
+        counted = batch.counted().to(logits.device)
+        labels = next_tokens(batch, batch.ids.to(logits.device)).flatten()[counted]
+        scored = labels != IGNORED
+        loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+        found = self._divergence(logits, batch) * scored + loss
+        return self._weighed(found, batch).sum().item()
+
+    def _divergence(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        said = [self._said[ids] for ids in _rows(batch)]
         dense = torch.cat([top for top, _ in said]).to(logits.device, torch.float32)
         index = torch.cat([index for _, index in said]).to(logits.device, torch.int64)
-        found = divergence(logits, dense, index)
-        counts = [self._weights[tuple(ids[:length])] for ids, length in rows]
+        return divergence(logits, dense, index)
+
+    def _weighed(self, found: torch.Tensor, batch: Batch) -> torch.Tensor:
+        counts = [self._weights[ids] for ids in _rows(batch)]
         if set(counts) == {1.0}:
-            return found.sum()
-        return (found * torch.tensor(counts).repeat_interleave(lengths).to(found)).sum()
+            return found
+        return found * torch.tensor(counts).repeat_interleave(torch.tensor(batch.lengths)).to(found)
+
+
+def _rows(batch: Batch) -> list[tuple[int, ...]]:
+    """The token ids of a batch's prompts, without padding."""
+    rows = zip(batch.ids.tolist(), batch.lengths, strict=True)
+    return [tuple(ids[:length]) for ids, length in rows]
 
 
 def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

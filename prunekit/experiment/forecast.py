@@ -120,7 +120,6 @@ def _work(protocol: Protocol, wanted: dict[str, bool] | None) -> Work:
         calibrates=wanted is not None,
         others=_tokens(protocol.distractors, share),
         scored=tokens,
-        minutes=10.0,
     )
 
 

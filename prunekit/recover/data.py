@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from prunekit.backward import IGNORED
 from prunekit.batching import Tokens, encode
 from prunekit.corpus import Corpus
 from prunekit.errors import InputError
 
-IGNORED = -100  # the label of a token that is not learnt
 _MIXED = 32  # batches among which examples of similar length share one
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.arch import text_config
+from prunekit.backward import IGNORED
 from prunekit.compensate.teacher import divergence, likeliest
 from prunekit.errors import InputError
-from prunekit.recover.data import IGNORED
 from prunekit.recover.settings import Settings
 
 
