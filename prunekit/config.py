@@ -22,6 +22,10 @@ _CORPUS = (
     "JSONL with `text`, `prompt` + `completion` or `messages`; CSV with those columns; "
     "hf:NAME[:split]"
 )
+_MULTIPLE = (
+    "round kept widths to a multiple of this; auto: to the least that runs well here, as "
+    "`prunekit bench --widths` measures"
+)
 ROW_FORMATS = "md", "csv", "jsonl"
 _DTYPE = "bf16, fp16, fp32, or auto: as saved"
 
@@ -101,7 +105,7 @@ class PruneConfig:
     )
     minutes: float = option(8.0, "how long --compensate distill trains")
     steps: int = option(0, "how many steps it trains instead; 0: as many as the minutes allow")
-    multiple_of: int = option(64, "round kept widths to a multiple of this")
+    multiple_of: int | str = option(64, _MULTIPLE)
     seed: int = option(0, "for --strategy random and --criterion random")
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
@@ -135,7 +139,7 @@ class SearchConfig:
     )
     output: str = option("", "folder to write the model to", short="-o", metavar="OUT")
     criterion: str = option("auto", "what scores a neuron, as in `prunekit prune`")
-    multiple_of: int = option(64, "round kept widths to a multiple of this")
+    multiple_of: int | str = option(64, _MULTIPLE)
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
@@ -262,6 +266,9 @@ class BenchConfig:
     multiple_of: int = option(64, "with --sparsity: round kept widths to a multiple of this")
     rounds: int = option(7, "how often each test is timed")
     compact: bool = option(False, "run the MLPs through prunekit's CompactMLP")
+    widths: bool = option(
+        False, "instead: time one of MODEL's MLPs by width, and say what to round widths to"
+    )
     save: str = option(
         "", "write a baseline for --check, and nothing else", metavar="BASELINE.json"
     )

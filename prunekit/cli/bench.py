@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.checkpoint import save
+from prunekit.cli import widths
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.compact import compact_modules, prune
 from prunekit.config import BenchConfig
@@ -26,6 +27,7 @@ EXAMPLES = """  prunekit bench small --baseline demo
   prunekit bench demo --sparsity 0.2,0.35,0.5 --compact
   prunekit bench small --baseline demo --batch 1,8 --prompt 256 --generate 64
   prunekit bench small --baseline demo --format md
+  prunekit bench demo --widths
   prunekit bench small --json > small.json
   prunekit bench small --save baseline.json
   prunekit bench small --check baseline.json --max-regression 0.05"""
@@ -33,6 +35,8 @@ EXAMPLES = """  prunekit bench small --baseline demo
 
 def run(config: BenchConfig, output: Output) -> int:
     """Measure every test of every model, and print a row each."""
+    if config.widths:
+        return widths.run(config, output)
     batch = _numbers("--batch", config.batch, int)
     models, folders = _models(config)
     if config.save or config.check:

@@ -8,12 +8,20 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args, get_type_hints
 
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_number_or_auto.__name__ = "int or auto"  # what argparse calls it in an error
+
 _TYPES: dict[Any, Callable[[str], Any]] = {
     int: int,
     float: float,
     str: str,
     int | None: int,  # None: not given
     float | None: float,
+    int | str: _number_or_auto,
 }
 
 

@@ -20,6 +20,7 @@ from prunekit.cli.forecast import LENGTH, PROMPTS, counted, forecast
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.cli.streamed import stream, streamed
+from prunekit.cli.widths import check_multiple_of, resolved_multiple
 from prunekit.compact import prune
 from prunekit.compensate import check_budget, check_method, default_method
 from prunekit.config import PruneConfig, SearchConfig
@@ -62,6 +63,9 @@ def run(config: PruneConfig, output: Output) -> int:
     _check(config)
     if config.max_loss_rise:
         return _search(config, output)
+    if not config.plan:
+        multiple = resolved_multiple(config.multiple_of, config.model, config.dtype, output)
+        config = dataclasses.replace(config, multiple_of=multiple)
     needs_more = config.stats or config.plan or config.target_speedup or _shares(config)
     if config.dry_run and not needs_more:
         return _dry_run(config, output)
@@ -231,8 +235,7 @@ def _check(config: PruneConfig) -> None:
     if config.output:
         check_output_folder(config.output, force=config.force)
     _check_goal(config)
-    if config.multiple_of < 1:
-        raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
+    check_multiple_of(config.multiple_of)
     if config.compensate:
         check_method(config.compensate)
         check_budget(config.minutes, config.steps or None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prunekit.checkpoint import save, weight_bytes
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
+from prunekit.cli.widths import check_multiple_of, resolved_multiple
 from prunekit.config import SearchConfig
 from prunekit.criteria.registry import get_criterion
 from prunekit.errors import InputError
@@ -23,6 +24,7 @@ def run(config: SearchConfig, output: Output) -> int:
     _check(config)
     tokenizer = load_tokenizer(config.model)
     target = joined(corpora(config.target, tokenizer, config.limit))
+    multiple = resolved_multiple(config.multiple_of, config.model, config.dtype, output)
     model = load(config.model, dtype=config.dtype)
     output.line("repair      removed    rise of the held-out loss, nats/token")
     found = search(
@@ -31,7 +33,7 @@ def run(config: SearchConfig, output: Output) -> int:
         target,
         max_loss_rise=config.max_loss_rise,
         criterion=config.criterion,
-        multiple_of=config.multiple_of,
+        multiple_of=multiple,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         quiet=config.quiet,
@@ -66,8 +68,7 @@ def _check(config: SearchConfig) -> None:
         raise InputError("needs --target FILE and -o OUT; see `prunekit search --help`")
     check_bound(config.max_loss_rise)
     check_output_folder(config.output, force=config.force)
-    if config.multiple_of < 1:
-        raise InputError(f"--multiple-of: got {config.multiple_of}; expected at least 1")
+    check_multiple_of(config.multiple_of)
     if "distractor" in get_criterion(config.criterion).needs:
         raise InputError(f"criterion {config.criterion}: needs distractors, which a search lacks")
 
