@@ -10,12 +10,13 @@ CONSTRAINTS := $(if $(findstring ==,$(TORCH)),-c constraints-cpu.txt)
 # vLLM has an environment of its own, since it pins much that prunekit leaves open.
 VLLM     ?= .venv-vllm
 VLLM_BIN := $(VLLM)/bin
+BASE     ?= main
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help demo test test-all test-llamacpp test-vllm lint audit bench
-.PHONY: gpu-bench gpu-tune gpu-table clean
+.PHONY: bench-compare bench-peers gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +28,8 @@ help:
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
 	@echo "make bench     measure the operations and the main job on this machine"
+	@echo "make bench-compare BASE=main  time the working tree and another revision in turn"
+	@echo "make bench-peers   beside optipfair: what calibrating, pruning and saving take"
 	@echo "make gpu-bench check and time every operation on this machine's GPU, in 9 minutes"
 	@echo "make gpu-tune  look for faster configurations of the kernels on this machine's GPU"
 	@echo "make gpu-table make the tables of docs/gpu.md from bench/results"
@@ -102,6 +105,14 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.act_stats
 	$(BIN)/python -m bench.calibration
 	$(BIN)/python -m bench.decode --rounds 5
+
+# Every operation and the main job, of the working tree against another revision.
+bench-compare: $(VENV)/.ready
+	$(BIN)/python -m bench.compare --base $(BASE)
+
+bench-peers: $(VENV)/.ready
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "optipfair>=0.4.2"
+	$(BIN)/python -m bench.peers
 
 gpu-bench: $(VENV)/.ready
 	$(BIN)/python -m bench.gpu
