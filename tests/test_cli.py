@@ -375,6 +375,10 @@ def test_bench_rows_say_their_units(capsys, folder):
     assert [row["test"] for row in rows] == ["pp8", "pp8", "tg2", "tg2"]
     for row in rows:
         assert float(row["tokens_per_s_low"]) <= float(row["tokens_per_s"])
+        latency = {"pp": "ttft_ms", "tg": "tpot_ms"}[row["test"][:2]]
+        tokens = int(row["test"][2:]) if latency == "ttft_ms" else 1
+        assert float(row[latency]) == pytest.approx(1e3 * tokens / float(row["tokens_per_s"]))
+    assert (rows[0]["tpot_ms"], rows[-1]["ttft_ms"]) == ("", "")
     assert (rows[0]["bound"], float(rows[1]["bound"]) > 1) == ("", True)
 
 

@@ -67,6 +67,10 @@ def run(config: BenchConfig, output: Output) -> int:
             "process"
         )
         for row in rows:
+            if row.joules_per_token is not None:
+                spent = f"{row.joules_per_token:.3g} J a token, idling included"
+                output.line(f"{row.model}, {row.test}, batch {row.batch}: {spent}")
+        for row in rows:
             if row.bound is not None:
                 output.line(f"{row.model}, {row.test}, batch {row.batch}: {row.bound.why}.")
     else:
@@ -153,6 +157,9 @@ def _flat(row: Throughput, size: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_s": row.tokens_per_s,
         "tokens_per_s_low": low,
         "tokens_per_s_high": high,
+        "ttft_ms": 1e3 * row.latency_s if row.test.startswith("pp") else None,
+        "tpot_ms": 1e3 * row.latency_s if row.test.startswith("tg") else None,
+        "joules_per_token": row.joules_per_token,
         "speedup": row.speedup,
         "speedup_low": slowest,
         "speedup_high": fastest,

@@ -12,6 +12,7 @@ from torch import nn
 from prunekit.arch import find_mlps
 from prunekit.errors import InputError
 from prunekit.measure.amdahl import Bound, bounds
+from prunekit.measure.energy import counters_of, joules_of
 from prunekit.measure.memory import model_bytes, parameter_count
 from prunekit.measure.parts import Parts, measure_parts
 from prunekit.measure.provenance import provenance
@@ -32,6 +33,7 @@ class Throughput:
         tokens_interval, speedup_interval: 95 % intervals of the two medians.
         bound: the largest speed-up that its widths allow, and what holds it back; None for the
             baseline, or where that was not asked for.
+        joules_per_token: what the device took, idling included; None where nothing counts it.
     """
 
     model: str
@@ -44,6 +46,14 @@ class Throughput:
     tokens_interval: tuple[float, float]
     speedup_interval: tuple[float, float]
     bound: Bound | None = None
+    joules_per_token: float | None = None
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds to the first token (of a prefill), or from one token to the next (decoding)."""
+        if self.test.startswith("pp"):
+            return self.batch * int(self.test[2:]) / self.tokens_per_s
+        return self.batch / self.tokens_per_s
 
 
 def cases_of(
@@ -85,31 +95,35 @@ def bench_models(
         generate: tokens decoded.
         batch: batch sizes.
         rounds: how often each is timed, after one warm-up.
-        explain: profile every test too, for the bounds.
+        explain: profile every test too, for the bounds, and read its energy where that is counted.
 
     Raises:
         InputError: no model, or a size below 1.
 
     Cost:
-        rounds + 1 prefills and decodes a model and batch size; three more to explain.
+        rounds + 1 prefills and decodes a model and batch size; three more to explain, and a second
+        of each where energy is counted.
     """
     if rounds < 1:
         raise InputError(f"bench: got rounds {rounds}; expected at least 1")
     cases = cases_of(models, prompt, generate, batch)
+    counters = counters_of(next(iter(models.values())).device) if explain else []
     seconds = interleave({key: run for key, (run, _) in cases.items()}, rounds, warmup=1)
     baseline = next(iter(models))
     rows = []
-    for (name, test, size), (_, tokens) in cases.items():
+    for (name, test, size), (run, tokens) in cases.items():
         mine, dense = seconds[name, test, size], seconds[baseline, test, size]
         rates = [tokens / s for s in mine]
         ratios = [d / s for d, s in zip(dense, mine, strict=True)]
         rate, ratio = summarise(rates), median(ratios)
+        joules = joules_of(run, counters)
         row = Throughput(
             name,
             test,
             size,
             *(rate.median, rate.low, rate.high, ratio),
             *(confidence(rates), confidence(ratios)),
+            joules_per_token=None if joules is None else joules / tokens,
         )
         rows.append(row)
     if not explain:
