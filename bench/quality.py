@@ -215,8 +215,7 @@ def plot(cells: list[dict]) -> str:
         f"{criterion} + {repair}": [
             Point(c["reached"], c["loss"])
             for c in cells
-            if (c["criterion"], c["compensate"]) == (criterion, repair)
-            and c["seed"] in (0, SEEDS[0])
+            if c["name"] == f"{criterion} + {repair}" and c["seed"] in (0, SEEDS[0])
         ]
         for criterion, repair in PLOTTED
     }

@@ -93,3 +93,13 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, fol
     assert [c["criterion"] for c in found] == ["wanda", "rms"]
     assert all(c["rise"] == c["loss"] - c["dense"] for c in found)
     assert "<svg" in quality.plot(found)
+
+
+def test_the_plot_has_a_line_a_way_and_none_of_widths_that_differ(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(quality, "loss_by_sparsity", lambda lines, dense: seen.update(lines))
+    criterion, repair = quality.PLOTTED[0]
+    cell = {"criterion": criterion, "compensate": repair, "seed": 0, "reached": 0.5, "dense": 1.0}
+    even = cell | {"name": f"{criterion} + {repair}", "loss": 1.5}
+    quality.plot([even, cell | {"name": f"{criterion} + {repair} (budget)", "loss": 1.4}])
+    assert seen == {f"{criterion} + {repair}": [quality.Point(0.5, 1.5)]}
