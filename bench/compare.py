@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 from bench.cases import SUITES
+from prunekit.errors import InputError
 from prunekit.measure import gate
 from prunekit.measure.provenance import provenance
 
@@ -53,7 +55,7 @@ class Side:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"bench.compare: a worker ended with {self._process.wait()}")
+            raise InputError(f"a worker ended with {self._process.wait()}")
         return json.loads(line)
 
     def time(self, case: str) -> float:
@@ -78,7 +80,7 @@ def built(revision: str, folder: Path) -> Path:
     """Check a revision out into a folder and build its extension there.
 
     Raises:
-        SystemExit: git does not know it, or it does not build.
+        InputError: git does not know it, or it does not build.
     """
     quiet = {"check": True, "capture_output": True, "text": True}
     try:
@@ -91,7 +93,7 @@ def built(revision: str, folder: Path) -> Path:
     except subprocess.CalledProcessError as error:
         said = error.stderr if isinstance(error.stderr, str) else (error.stderr or b"").decode()
         reason = said.strip().splitlines()[-1] if said.strip() else str(error)
-        raise SystemExit(f"bench.compare: {revision}: {reason}") from None
+        raise InputError(f"{revision}: {reason}") from None
     return folder
 
 
@@ -133,21 +135,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < gate.ROUNDS:
         parser.error(f"--rounds: got {options.rounds}; expected at least {gate.ROUNDS}")
+    try:
+        return compared(options)
+    except InputError as error:
+        print(f"bench.compare: {error}", file=sys.stderr)
+        return 2
+
+
+def compared(options: argparse.Namespace) -> int:
+    """Build, race and report; 1 where a case got slower."""
     facts = provenance()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as sides:
         folder = Path(scratch)
         tree = built(options.base, folder / "tree")
         base = Side(tree, folder / "base", options.suite)
+        sides.callback(base.close)
         head = Side(ROOT, folder / "head", options.suite)
+        sides.callback(head.close)
         for name, side in (("base", base), ("head", head)):
             for suite, why in side.errors.items():
                 print(f"{name}: the suite {suite} does not run: {why}", file=sys.stderr)
         print(f"{facts['device']}; torch {facts['versions']['torch']}; base {options.base}")
-        try:
-            return report(race(base, head, options.rounds), options.max_regression)
-        finally:
-            base.close()
-            head.close()
+        return report(race(base, head, options.rounds), options.max_regression)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from bench import compare
 from bench.cases import SUITES
 
@@ -41,9 +39,11 @@ def test_what_is_slower_is_named_and_nothing_else(capsys):
     assert compare.report(compare.race(base, base, 25), most=0.05) == 0
 
 
-def test_an_unknown_revision_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"bench\.compare: no-such-revision: .*valid object name"):
-        compare.built("no-such-revision", tmp_path / "tree")
+def test_an_unknown_revision_is_one_line(capsys):
+    assert compare.main(["--base", "no-such-revision"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bench.compare: no-such-revision: fatal: not a valid object name")
+    assert said.count("\n") == 1
 
 
 def test_a_worker_runs_the_cases_of_its_tree(tmp_path):

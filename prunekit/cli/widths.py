@@ -72,11 +72,15 @@ def _measured(model: str, dtype: str, **options) -> Widths:
 
 
 def _sentence(found: Widths) -> str:
-    said = f"multiples of {found.advice} cost at most {TOLERATED:.0%} more than their neurons"
-    worse = [each for each in found.alignments if each.multiple < found.advice]
-    if not worse:
+    said = f"multiples of {found.advice} cost what their neurons do, within {TOLERATED:.0%}"
+    cliffs = [
+        (share, count, each.widths[-1])
+        for each in found.alignments
+        if each.multiple < found.advice
+        for count, share in each.cliffs.items()
+    ]
+    if not cliffs:
         return f"{said}: here every width does as well"
-    worst = max(worse, key=lambda each: max(each.excess.values()))
-    count = max(worst.excess, key=worst.excess.__getitem__)
+    share, count, width = max(cliffs)
     when = "in decoding" if count == 1 else f"in a prefill of {count} tokens"
-    return f"{said}; widths like {worst.widths[-1]} cost {worst.excess[count]:.0%} more {when}"
+    return f"{said}; widths like {width} cost {share:.0%} more {when}"

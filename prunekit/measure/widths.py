@@ -37,6 +37,15 @@ class Alignment:
     excess: dict[int, float]
     interval: dict[int, tuple[float, float]]
 
+    @property
+    def cliffs(self) -> dict[int, float]:
+        """The excess where it is more than ``TOLERATED`` and no noise, by tokens at once."""
+        return {
+            count: share
+            for count, share in self.excess.items()
+            if share > TOLERATED and self.interval[count][0] > 0
+        }
+
 
 @dataclass(frozen=True)
 class Widths:
@@ -52,10 +61,10 @@ class Widths:
 
     @property
     def advice(self) -> int:
-        """The least power of two whose multiples all cost no more than ``TOLERATED``."""
+        """The least power of two of which no multiple is a cliff."""
         found = GRID
         for each in reversed(self.alignments):
-            if max(each.excess.values()) > TOLERATED:
+            if each.cliffs:
                 break
             found = each.multiple
         return found
