@@ -12,7 +12,7 @@ from prunekit.config import BenchConfig
 from prunekit.errors import InputError
 from prunekit.integrations.loading import load_shape
 from prunekit.measure.provenance import provenance
-from prunekit.measure.widths import TOLERATED, Widths, measure_widths
+from prunekit.measure.widths import GRID, TOLERATED, Widths, measure_widths
 
 AUTO = "auto"
 
@@ -54,7 +54,7 @@ def run(config: BenchConfig, output: Output) -> int:
     ]
     columns = [text for count in counts for text in (names[count], "95 %")]
     output.table(
-        "an MLP's time, against that of its neurons at multiples of 256",
+        f"an MLP's time, against that of its neurons at multiples of {GRID}",
         ("multiple of", "widths", *columns),
         rows,
     )

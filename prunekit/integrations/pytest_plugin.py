@@ -14,7 +14,6 @@ and in a test:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from prunekit.files import read_json, write_json
 from prunekit.measure import gate
 from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
+from prunekit.measure.timing import interleave
 
 KIND = "prunekit pytest baseline"
 BASELINE = "prunekit-baseline.json"
@@ -104,7 +104,7 @@ def _first_rounds(benchmark, case: Callable, reference: Callable) -> list[float]
     references: list[float] = []
 
     def setup() -> None:
-        references.append(_seconds(reference))
+        references.extend(interleave({"reference": reference}, 1, warmup=0)["reference"])
 
     rounds = {"rounds": gate.ROUNDS, "warmup_rounds": 1, "iterations": 1}
     benchmark.pedantic(case, setup=setup, **rounds)
@@ -115,14 +115,8 @@ def _first_rounds(benchmark, case: Callable, reference: Callable) -> list[float]
 
 
 def _rounds(case: Callable, reference: Callable, count: int) -> list[float]:
-    pairs = [(_seconds(reference), _seconds(case)) for _ in range(count)]
-    return [taken / r for r, taken in pairs]
-
-
-def _seconds(run: Callable) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
+    taken = interleave({"reference": reference, "case": case}, count, warmup=0)
+    return [t / r for t, r in zip(taken["case"], taken["reference"], strict=True)]
 
 
 def _tests(path: Path) -> dict[str, dict[str, Any]]:

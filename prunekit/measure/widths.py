@@ -182,25 +182,25 @@ def _case(
 
 
 def _weights(view: MLPView, part: torch.Tensor, width: int):
-    """gate [F', D], up likewise or None, and down [D, F'], each in one piece."""
+    """gate [F', D], up likewise or None, and down [D, F']; fused, gate has both: [2·F', D]."""
     hidden = view.down.shape[0]
     rows, down = part.split([part.numel() - width * hidden, width * hidden])
-    if view.kind == "plain":
-        return rows.view(width, hidden), None, down.view(hidden, width)
-    gate, up = rows.view(2, width, hidden)
-    return gate, up, down.view(hidden, width)
+    rows, up = rows.view(-1, hidden), None
+    if view.kind == "gated":
+        rows, up = rows.chunk(2)
+    return rows, up, down.view(hidden, width)
 
 
 def _plain(x, gate, up, down, view: MLPView) -> torch.Tensor:
-    act = ops.ACTIVATIONS[view.act]
-    if up is None:
-        return F.linear(act(F.linear(x, gate)), down)
+    """As transformers computes it: of fused rows in one product."""
     if view.kind == "fused":
-        both = torch.as_strided(gate, (2 * gate.shape[0], gate.shape[1]), gate.stride())
-        one, other = F.linear(x, both).chunk(2, dim=-1)
-        return F.linear(act(one) * other, down)
-    return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down)
+        one, other = F.linear(x, gate).chunk(2, dim=-1)
+        return F.linear(ops.ACTIVATIONS[view.act](one) * other, down)
+    biases = None, None, None
+    return ops.gated_mlp_ref(x, gate, up, down, *biases, ops.activation_code(view.act))
 
 
 def _compact(x, gate, up, down, view: MLPView) -> torch.Tensor:
+    if view.kind == "fused":
+        gate, up = gate.chunk(2)
     return ops.gated_mlp(x, gate, up, down, act=view.act)
