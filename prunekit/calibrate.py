@@ -18,7 +18,7 @@ from prunekit.errors import InputError
 from prunekit.files import digest
 from prunekit.gradients import add_gradients
 from prunekit.observe import observed
-from prunekit.ops.linear import quick_linears
+from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats, NeuronSums
 
@@ -80,7 +80,7 @@ def forward_decoder(model: nn.Module, batch: Batch) -> torch.Tensor:
     return decoder_of(model)(input_ids=batch.ids.to(model.device), use_cache=False)[0]
 
 
-@quick_linears()
+@quick_products()
 def calibrate(
     model: nn.Module,
     tokenizer: Any,

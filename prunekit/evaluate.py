@@ -15,7 +15,7 @@ from torch import nn
 from prunekit.batching import Batch, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
-from prunekit.ops.linear import quick_linears
+from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.tasks.generate import generate_batch, new_text
 
@@ -68,7 +68,7 @@ def _prompt_losses(model: nn.Module, batch: Batch) -> list[tuple[float, int]]:
     return found
 
 
-@quick_linears()
+@quick_products()
 def evaluate_loss(
     model: nn.Module,
     tokenizer: Any,
@@ -115,7 +115,7 @@ def evaluate_loss(
     return Loss(corpus.name, mean, spread / tokens, tokens, len(pairs))
 
 
-@quick_linears()
+@quick_products()
 def generate_samples(
     model: nn.Module,
     tokenizer: Any,

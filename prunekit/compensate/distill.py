@@ -20,7 +20,7 @@ from prunekit.backward import padded, training_only
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.compensate.teacher import Teacher
 from prunekit.errors import InputError
-from prunekit.ops.linear import quick_linears
+from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 
 MINUTES = 5.0
@@ -51,7 +51,7 @@ def check_budget(minutes: float, steps: int | None) -> None:
         raise InputError(f"steps: got {steps}; expected at least 1, or none to go by the minutes")
 
 
-@quick_linears()
+@quick_products()
 def distill(
     model: nn.Module,
     views: Sequence[MLPView],

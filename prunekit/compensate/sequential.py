@@ -21,7 +21,7 @@ from prunekit.compensate.importance import token_weights
 from prunekit.compensate.lstsq import lstsq
 from prunekit.compensate.regression import Regression
 from prunekit.compensate.streams import Calls, in_fp32, record_calls, watched
-from prunekit.ops.linear import quick_linears
+from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
 
@@ -32,7 +32,7 @@ BATCH_TOKENS = 1024
 HELD_OUT = 5  # every fifth batch chooses the ridge
 
 
-@quick_linears()
+@quick_products()
 @torch.no_grad()
 def sequential(
     model: nn.Module,

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.backward import IGNORED, next_tokens
 from prunekit.batching import Batch, Tokens, batches
-from prunekit.ops.linear import quick_linears
+from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 
 TOP = 64  # next tokens of which each probability is kept; the others' only together
@@ -34,7 +34,7 @@ class Teacher:
         logits of a batch of T = 1024 tokens while it is asked.
     """
 
-    @quick_linears()
+    @quick_products()
     def __init__(self, model: nn.Module, prompts: Sequence[Tokens], *, quiet: bool = False):
         self.prompts = list(prompts)
         self._weights = {prompt.ids: prompt.weight for prompt in prompts}

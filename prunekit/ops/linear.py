@@ -8,12 +8,10 @@ the order of the sums.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 Optional = torch.Tensor | None
 
@@ -99,24 +97,3 @@ class _Widened(torch.autograd.Function):
         if of_weight:
             dw = (rows.T @ x.reshape(-1, x.shape[-1]).float()).to(x.dtype)
         return dx, dw, rows.sum(0).to(x.dtype) if of_bias else None
-
-
-@contextmanager
-def quick_linears() -> Iterator[None]:
-    """Inside, and in functions so decorated, every nn.Linear multiplies by `linear`.
-
-    Where this CPU gains nothing by it, nothing changes.
-    """
-    if multiplies(torch.bfloat16) and multiplies(torch.float16):
-        yield
-        return
-    before = nn.Linear.forward
-    nn.Linear.forward = _forward
-    try:
-        yield
-    finally:
-        nn.Linear.forward = before
-
-
-def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    return linear(input, self.weight, self.bias)

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.errors import InputError
 from prunekit.files import digest
-from prunekit.ops.linear import quick_linears
+from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.tasks.base import Generation, Task, TaskResult
 from prunekit.tasks.generate import cut, generate_batch, new_text
@@ -20,7 +20,7 @@ from prunekit.tasks.lm_eval import LmEvalTask
 AnyTask = Task | LmEvalTask
 
 
-@quick_linears()
+@quick_products()
 def evaluate_task(
     model: nn.Module,
     tokenizer: Any,

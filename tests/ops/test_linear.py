@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from prunekit.ops import linear as module
-from prunekit.ops.linear import LEAST_ROWS, linear, multiplies, quick_linears
+from prunekit.ops.linear import linear, multiplies
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -57,25 +56,6 @@ def test_frozen_weights_get_no_gradient(instructions):
     linear(x.requires_grad_(), weight).sum().backward()
     assert x.grad is not None
     assert weight.grad is None
-
-
-def test_linears_are_quick_inside_and_torchs_own_after(instructions, monkeypatch):
-    widened = []
-    original = module._widened
-    monkeypatch.setattr(module, "_widened", lambda *args: widened.append(1) or original(*args))
-    layer, before = nn.Linear(33, 21).bfloat16(), nn.Linear.forward
-    x = torch.randn(LEAST_ROWS, 33).bfloat16()
-    with torch.no_grad(), quick_linears():
-        found = layer(x)
-        layer(x[: LEAST_ROWS - 1])
-        layer.float()(x.float())
-    assert len(widened) == (0 if instructions else 1)
-    assert nn.Linear.forward is before
-    layer.bfloat16()
-    torch.testing.assert_close(found, layer(x))
-    with pytest.raises(RuntimeError), quick_linears():
-        layer(torch.randn(5, 7).bfloat16())
-    assert nn.Linear.forward is before
 
 
 def test_compiled_linears_are_the_compilers_own(instructions):
