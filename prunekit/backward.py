@@ -58,7 +58,7 @@ def calling_instead(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 @contextmanager
 def loss_backward(
-    model: nn.Module, views: Sequence[MLPView], batch_tokens: int
+    model: nn.Module, views: Sequence[MLPView], groups: Sequence[Batch]
 ) -> Iterator[Callable[[Batch], None]]:
     """Inside, a function that runs a batch forwards and its next-token loss backwards.
 
@@ -70,34 +70,33 @@ def loss_backward(
     Args:
         model: a transformers causal language model, in evaluation mode.
         views: its MLPs.
-        batch_tokens: of the largest batch: whether the layers' activations fit in 1 GB; if not,
-            each layer keeps its inputs alone, and runs again when the backward needs more.
+        groups: the batches to come. Where the layers' activations of the largest do not fit in
+            1 GB, each layer keeps its inputs alone, and runs again when the backward needs more.
 
     Cost:
         A forward and a backward (with weights frozen 4 FLOP a parameter and token), and another
         forward where activations do not fit.
     """
     layers = decoder_layers(model, list(views))
+    largest = max(padded(batch).numel() for batch in groups)
+    head = _bare_head(model, groups[0])
     with ExitStack() as stack:
-        if batch_tokens * kept_bytes(views) > KEPT_BYTES:
+        if largest * kept_bytes(views) > KEPT_BYTES:
             stack.enter_context(_checkpointed(layers))
         embeddings = model.get_input_embeddings()
         stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
-        head: list[nn.Module | None] = []
 
         @torch.enable_grad()
         def run(batch: Batch) -> None:
-            if not head:
-                head.append(_bare_head(model, batch))
             ids = padded(batch).to(embeddings.weight.device)
             labels = next_tokens(batch, ids)
-            if head[0] is None:
+            if head is None:
                 logits = model(input_ids=ids, use_cache=False).logits
                 known = labels != IGNORED
                 _summed(logits[known], labels[known]).backward()
                 return
             hidden = decoder_of(model)(input_ids=ids, use_cache=False)[0]
-            hidden.backward(_through_head(head[0], hidden.detach(), labels))
+            hidden.backward(_through_head(head, hidden.detach(), labels))
 
         yield run
 

@@ -16,8 +16,9 @@ from prunekit.batching import Batch, Tokens, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
 from prunekit.files import digest
-from prunekit.gradients import add_gradients
+from prunekit.gradients import add_gradients, check_gradients
 from prunekit.observe import observed
+from prunekit.ops.activations import ACTIVATIONS
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats, NeuronSums
@@ -28,12 +29,21 @@ Source = str | Path | Corpus | Sequence[str]
 
 
 class _Recorder:
-    """The taps of a calibration: compute h, and add its statistics to the current class."""
+    """The taps of a calibration: compute h, and add its statistics to the current class.
+
+    Where it runs backwards, a batch counts once, from `begin` on: layers may run again for that.
+    """
 
     def __init__(self, views: list[MLPView]):
         self.views = views
         self.sums: list[NeuronSums] = []
         self.batch_spans = torch.zeros(0, 2, dtype=torch.int64)
+        self.awaited: set[int] = set()  # MLPs that this batch has not reached yet
+
+    def begin(self, batch: Batch) -> None:
+        """The next forward is of this batch."""
+        self.batch_spans = batch.spans()
+        self.awaited = set(range(len(self.views)))
 
     def __call__(
         self,
@@ -56,6 +66,21 @@ class _Recorder:
         y, *found = ops.gated_mlp_stats(x, v.gate, v.up, v.down, spans, **biases, act=v.act)
         self._add(index, *found, spans)
         return y
+
+    def differentiable(
+        self,
+        index: int,
+        gate: torch.Tensor,
+        up: torch.Tensor | None,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The tap of a forward that runs backwards: its h is torch's, beside the statistics'."""
+        if index in self.awaited:
+            self.awaited.remove(index)
+            with torch.no_grad():
+                self(index, gate.detach(), None if up is None else up.detach(), rows)
+        h = ACTIVATIONS[self.views[index].act](gate)
+        return h if up is None else h * up
 
     def _add(self, index: int, h, prompt_stats, token_stats, spans: torch.Tensor) -> None:
         sums = self.sums[index]
@@ -110,7 +135,7 @@ def calibrate(
         off_task: gather all this of the distractors too, so that `contrast.weigh` can keep a share
             of what they need.
         max_length: tokens of a prompt that are read.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding included; where gradients are gathered, 1024.
         quiet: no progress bar.
 
     Returns:
@@ -122,7 +147,7 @@ def calibrate(
 
     Cost:
         One forward of the decoder over all tokens, without the lm_head; with gram, T·F² FLOP more.
-        With gradients, a forward and a backward of the target more (`gradients.add_gradients`).
+        With gradients the target's forward is also run backwards (`gradients.add_gradients`).
         With off_task, all that for the distractors too.
 
     Source:
@@ -165,13 +190,16 @@ def calibrate(
             if wanted:
                 replayed[name] = prompts
             recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
-            _run(model, prompts, recorder, batch_tokens, f"calibrate {name}", quiet)
-            _check_finite(views, name, recorder.sums)
-            if (gradients or taylor) and whole:
-                options = {"taylor": taylor, "quiet": quiet}
-                found = add_gradients(model, views, prompts, recorder.sums, **options)
+            label, backwards = f"calibrate {name}", (gradients or taylor) and whole
+            if backwards:
+                found = _run_backwards(model, prompts, recorder, taylor, label, quiet)
                 if wanted:
                     squares[name] = found
+            else:
+                _run(model, prompts, recorder, batch_tokens, label, quiet)
+            _check_finite(views, name, recorder.sums)
+            if backwards:
+                check_gradients(views, recorder.sums)
             classes[name] = [sums.finish() for sums in recorder.sums]
     finally:
         model.train(was_training)
@@ -199,9 +227,17 @@ def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, qui
     taps = observed(recorder.views, recorder, recorder.mlp)
     with taps, progress_bar(total, label, "tok", quiet=quiet) as bar:
         for batch in batches(prompts, batch_tokens):
-            recorder.batch_spans = batch.spans()
+            recorder.begin(batch)
             forward_decoder(model, batch)
             bar.update(batch.tokens)
+
+
+def _run_backwards(
+    model, prompts, recorder: _Recorder, taylor: bool, label: str, quiet: bool
+) -> list[torch.Tensor | None]:
+    options = {"taylor": taylor, "begin": recorder.begin, "label": label, "quiet": quiet}
+    with observed(recorder.views, recorder.differentiable):
+        return add_gradients(model, recorder.views, prompts, recorder.sums, **options)
 
 
 def _check_finite(views: list[MLPView], name: str, many: list[NeuronSums]) -> None:

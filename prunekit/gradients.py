@@ -7,7 +7,7 @@ model's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from prunekit import ops
 from prunekit.arch import MLPView, Slot
-from prunekit.backward import loss_backward, training_only
+from prunekit.backward import loss_backward, padded, training_only
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.errors import InputError
 from prunekit.progress import progress_bar
@@ -32,6 +32,8 @@ def add_gradients(
     sums: list[NeuronSums],
     *,
     taylor: bool = False,
+    begin: Callable[[Batch], None] | None = None,
+    label: str = "gradients",
     quiet: bool = False,
 ) -> list[torch.Tensor | None]:
     """Fill `gradient_gram` of every MLP's sums from the next-token loss, and `taylor` if asked to.
@@ -47,6 +49,8 @@ def add_gradients(
         prompts: encoded; one without a token to score adds nothing.
         sums: one an MLP, changed in place; `gradient_gram` holds its upper triangle until `finish`.
         taylor: also gather the weights' gradients.
+        begin: told of each batch, as it is padded, before it runs.
+        label: of the progress bar.
         quiet: no progress bar.
 
     Returns:
@@ -54,7 +58,8 @@ def add_gradients(
         the order of the prompts; None for an expert.
 
     Raises:
-        InputError: weights are offloaded or quantised, or a gradient is not finite.
+        InputError: weights are offloaded or quantised. Whether what came out is finite,
+            `check_gradients` says.
 
     Cost:
         `loss_backward` and T·D² FLOP an MLP (an expert) for the Gram matrix; 4·D² bytes an MLP.
@@ -70,42 +75,46 @@ def add_gradients(
         mine.gradient_gram = torch.zeros(2 * view.down.shape[:1], device=device)
         if taylor:
             mine.taylor = torch.zeros(view.width, dtype=torch.float64, device=device)
-    squares = _run(model, views, prompts, sums, taylor, quiet)
-    _check_finite(views, sums)
-    return squares
+    return _run(model, views, prompts, sums, taylor, begin, label, quiet)
 
 
 def output_gradients(
     model: nn.Module, views: list[MLPView], prompts: Sequence[Tokens], *, quiet: bool = False
 ) -> list[torch.Tensor | None]:
     """What `add_gradients` returns, where nothing else is wanted of it."""
-    return _run(model, views, prompts, None, False, quiet)
+    return _run(model, views, prompts, None, False, None, "gradients", quiet)
 
 
-def _run(model, views, prompts, sums, taylor: bool, quiet: bool) -> list[torch.Tensor | None]:
+def _run(
+    model, views, prompts, sums, taylor: bool, begin, label: str, quiet: bool
+) -> list[torch.Tensor | None]:
     if not any(max(p.scored, 1) < len(p.ids) for p in prompts):
         prompts = [replace(p, scored=0) for p in prompts]
     total = sum(len(p.ids) for p in prompts)
-    groups = list(batches(prompts, 1 if taylor else BATCH_TOKENS))
+    groups = [
+        replace(batch, ids=padded(batch))
+        for batch in batches(prompts, 1 if taylor else BATCH_TOKENS)
+    ]
     outputs = _Outputs(views, sums, prompts)
     with ExitStack() as stack:
         weights = _weights_reduced(model, views, sums) if taylor else training_only(model)
         stack.enter_context(weights)
         stack.enter_context(outputs.watched())
-        largest = max(batch.ids.numel() for batch in groups)
-        backward = stack.enter_context(loss_backward(model, views, largest))
-        bar = stack.enter_context(progress_bar(total, "gradients", "tok", quiet=quiet))
+        backward = stack.enter_context(loss_backward(model, views, groups))
+        bar = stack.enter_context(progress_bar(total, label, "tok", quiet=quiet))
         # Longest first, as batches come: what later ones need fits where earlier ones were, where
         # any other order left the allocator with five times the memory in pieces.
         for batch in groups:
-            if batch.ids.shape[1] > 1:
-                outputs.batch = batch
-                backward(batch)
+            outputs.batch = batch
+            if begin is not None:
+                begin(batch)
+            backward(batch)
             bar.update(batch.tokens)
     return outputs.squares
 
 
-def _check_finite(views: list[MLPView], sums: list[NeuronSums]) -> None:
+def check_gradients(views: list[MLPView], sums: list[NeuronSums]) -> None:
+    """Raise InputError where what `add_gradients` filled in holds NaN or Inf."""
     for view, mine in zip(views, sums, strict=True):
         found = [mine.gradient_gram.triu()] + ([] if mine.taylor is None else [mine.taylor])
         if not all(torch.isfinite(values).all() for values in found):

@@ -198,7 +198,8 @@ def test_the_calibrations_gradients_spare_the_backward(name, tokenizer, texts, m
     for mine, theirs in zip(
         sequential(model, find_mlps(model), kept, stats, quiet=True), want, strict=True
     ):
-        torch.testing.assert_close(mine.down, theirs.down)
+        # Calibration's activation is torch's: GPT-2's own rounds otherwise.
+        torch.testing.assert_close(mine.down, theirs.down, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

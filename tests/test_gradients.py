@@ -112,6 +112,23 @@ def test_an_experts_gram_is_of_the_gradients_of_its_own_output(tokenizer, texts)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 30], ids=["checkpointed", "kept"])
+def test_the_activations_are_counted_on_the_way_as_without_gradients(
+    architecture, kept_bytes, tokenizer, texts, monkeypatch
+):
+    monkeypatch.setattr(backward, "KEPT_BYTES", kept_bytes)
+    model, few = tiny_model(architecture), ["w5", *texts[:6]]
+    alone = pk.calibrate(model, tokenizer, few, gram=True, quiet=True)
+    for more in ({"gradients": True}, {"taylor": True}):
+        both = pk.calibrate(model, tokenizer, few, gram=True, quiet=True, **more)
+        for mine, want in zip(both.target, alone.target, strict=True):
+            assert (mine.prompts, mine.tokens) == (want.prompts, want.tokens)
+            for name, value in vars(want).items():
+                if isinstance(value, torch.Tensor):
+                    atol = 1e-5 * value.abs().max().item()
+                    torch.testing.assert_close(getattr(mine, name), value, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30], ids=["checkpointed", "kept"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])  # gemma2 caps its logits
 def test_the_squares_are_each_tokens_in_the_prompts_order(
     name, kept_bytes, tokenizer, texts, tmp_path, monkeypatch

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 from prunekit.arch import MLPView, decoder_layers
+from prunekit.backward import calling_instead
 from prunekit.batching import Batch, batches
 from prunekit.compensate.base import Repair, check_prompts
 from prunekit.compensate.importance import token_weights
@@ -63,9 +64,9 @@ def sequential(
         InputError: the statistics hold no prompts, or weights are offloaded or quantised.
 
     Cost:
-        Two forwards of the decoder, and a backward where the statistics hold no gradients;
-        T·F'² + 4·T·D·F' FLOP an MLP and the solution's own. 8·T·D bytes of hidden states, T·F' of
-        activations in the weights' precision, two layers in fp32.
+        Two forwards of the decoder, the second without down projections, and a backward where the
+        statistics hold no gradients; T·F'² + 6·T·D·F' FLOP an MLP and the solution's own. 8·T·D
+        bytes of hidden states, T·F' of activations in the weights' precision, two layers in fp32.
 
     Source:
         Asymmetric calibration: GPTAQ, Li et al., arXiv 2504.02692, for neurons instead of grids.
@@ -185,10 +186,11 @@ class _Layer:
                 if blend:
                     aim = aim + blend * (_rows(out, rows) - aim)
                 dense[b] = out
-                out = call.run(self.layer, self.number, pruned[b])
+                with self._silent() if adds else nullcontext():
+                    out = call.run(self.layer, self.number, pruned[b])
                 h = seen["h"][:, self.kept]
                 if adds:
-                    pruned[b] = out - seen["y"].view(out.shape)
+                    pruned[b] = out
                     aim = aim - blend * _rows(pruned[b], rows)
                     self.activations.append(h.to(self.dtype))
                 h = h[rows].float()
@@ -213,6 +215,11 @@ class _Layer:
             for b, h in enumerate(self.activations):
                 pruned[b] += torch.nn.functional.linear(h.float(), down, bias).view(pruned[b].shape)
         self.activations.clear()
+
+    def _silent(self) -> AbstractContextManager[None]:
+        """Inside, the layer gives what its MLP's output would be added to."""
+        outputs = self.view.down.shape[0]
+        return calling_instead(self.view.down_owner, lambda h: h.new_zeros(*h.shape[:-1], outputs))
 
     def _adds(self, hidden: torch.Tensor) -> bool:
         """Whether what the layer gives moves by just as much as its MLP's output does."""

@@ -5,12 +5,15 @@ head's, T tokens in prompts of S, T' of them in completions, b bytes a weight. F
 
     forward      2·T·P                        every statistic
     Gram         T·F² an MLP                  one triangle, in fp32
-    gradients    4·T·P + 4·T'·V·D             2·T·P more where activations do not fit
+    gradients    2·T·P + 4·T'·V·D             backwards; 2·T·P more where activations do not fit
                  + T·D²                       an MLP
     score        5/3·F³ + D·F² + 10·D³        an MLP, in fp64: inverse, elimination, root
-    repair       4·T·P + T·F'² + 4·T·D·F'     in fp32 that multiplies as the weights' dtype
+    repair       4·T·P - 2·T·D·F              in fp32 that multiplies as the weights' dtype
+                 + T·F'² + 6·T·D·F'           an MLP
                  + 6·(F'³/3 + 2·D·F'²)        an MLP, in fp64: five ridges and the best once more
+    teacher      2·T·(P + V·D)                what distillation imitates
     distill      6·1024·(P' + V·D) a step     or the minutes it is given
+    settle       5/8·T·(P' + V·D)             five ways along, on a sixteenth of the prompts
 
 An expert sees the share of the tokens that is routed to it. Attention's own products, 2·T·S·D a
 layer, run at a fraction of a large product's rate; what is computed element by element moves
@@ -209,12 +212,14 @@ def predict(shape: Shape, rates: Rates, work: Work, widths: Sequence[int]) -> li
             phases.append(_gradients(shape, rates, work, base))
     if work.eliminates:
         phases.append(_score(shape, rates, base))
+    if work.method == "distill":
+        phases.append(_teacher(shape, rates, work, base))
     if work.method in ("sequential", "distill"):
         phases.append(_sequential(shape, rates, work, widths, base))
     elif work.method == "lstsq":
         phases.append(_lstsq(shape, rates, widths, base))
     if work.method == "distill":
-        phases.append(_distill(shape, rates, work, widths, base))
+        phases += _distill(shape, rates, work, widths, base)
     written = shape.pruned_bytes(widths)
     phases.append(Phase("save", 0.0, written / _DISK, base + written))
     return phases
@@ -240,9 +245,9 @@ def _forward(shape: Shape, rates: Rates, work: Work, base: float) -> Phase:
 def _gradients(shape: Shape, rates: Rates, work: Work, base: float) -> Phase:
     held = BATCH_TOKENS * shape.kept
     again = held > KEPT_BYTES
-    products = work.tokens * (6 if again else 4) * shape.decoder + 4 * work.scored * shape.head
+    products = work.tokens * (4 if again else 2) * shape.decoder + 4 * work.scored * shape.head
     grams = work.tokens * sum(part for _, part in shape.mlps) * shape.hidden**2
-    around = _around(shape, rates, work, rates.products, shape.itemsize) * (4 if again else 3)
+    around = _around(shape, rates, work, rates.products, shape.itemsize) * (3 if again else 2)
     loss = 40 * work.scored * shape.vocabulary / rates.copy
     seconds = products / rates.products + grams / rates.wide + around + loss
     held = held / shape.layers + BATCH_TOKENS * shape.layers * 2 * shape.hidden if again else held
@@ -266,8 +271,8 @@ def _sequential(shape, rates, work: Work, widths: Sequence[int], base: float) ->
     d, tokens = shape.hidden, work.tokens
     products = 4 * tokens * shape.decoder
     products += sum(
-        part * tokens * (kept**2 + 4 * d * kept)
-        for (_, part), kept in zip(shape.mlps, widths, strict=True)
+        part * tokens * (kept**2 + 6 * d * kept - 2 * d * width)
+        for (width, part), kept in zip(shape.mlps, widths, strict=True)
     )
     solves = sum(_solve(shape, kept, 6) for kept in widths)
     around = 2 * _around(shape, rates, work, rates.wide, 4)
@@ -279,14 +284,25 @@ def _sequential(shape, rates, work: Work, widths: Sequence[int], base: float) ->
     return Phase("repair", products + solves, seconds, base + _SLACK * held + downs + repairs)
 
 
-def _distill(shape, rates, work: Work, widths: Sequence[int], base: float) -> Phase:
+def _teacher(shape, rates, work: Work, base: float) -> Phase:
+    products = 2 * work.tokens * (shape.decoder + shape.head)
+    around = _around(shape, rates, work, rates.products, shape.itemsize)
+    seconds = products / rates.products + around
+    logits = 10 * BATCH_TOKENS * shape.vocabulary
+    return Phase("teacher", products, seconds, base + _SLACK * logits)
+
+
+def _distill(shape, rates, work: Work, widths: Sequence[int], base: float) -> list[Phase]:
     gone = shape.total - shape.pruned_bytes(widths) / shape.itemsize
     weights = shape.decoder - gone
     step = 6 * BATCH_TOKENS * (weights + shape.head)
     steps = work.steps or 60 * work.minutes * rates.products / step
     held = 20 * weights + BATCH_TOKENS * (shape.kept + 16 * shape.vocabulary)
-    flops = steps * step
-    return Phase("distill", flops, flops / rates.products, base + _SLACK * held)
+    flops, settling = steps * step, 5 / 8 * work.tokens * (weights + shape.head)
+    return [
+        Phase("distill", flops, flops / rates.products, base + _SLACK * held),
+        Phase("settle", settling, settling / rates.products, base + 28 * weights),
+    ]
 
 
 def _lstsq(shape, rates, widths: Sequence[int], base: float) -> Phase:
