@@ -21,6 +21,7 @@ from prunekit.arch import (
 )
 from prunekit.compensate import (
     MINUTES,
+    Heard,
     Repair,
     Teacher,
     check_budget,
@@ -89,8 +90,9 @@ def prune(
     if compensate == "distill":
         check_budget(minutes, steps)
         check_prompts("distill", views, stats)
-        teacher = Teacher(model, stats.prompts, quiet=quiet)
-    fixes = repairs(model, views, plan, stats, compensate, quiet=quiet)
+        teacher = Teacher(stats.prompts)
+    heard = None if teacher is None else teacher.hear
+    fixes = repairs(model, views, plan, stats, compensate, heard=heard, quiet=quiet)
     with torch.no_grad():
         for indices in blocks(views):
             _compact_block(
@@ -113,6 +115,7 @@ def repairs(
     stats: NeuronStats | None,
     method: str,
     *,
+    heard: Heard | None = None,
     quiet: bool = False,
 ) -> list[Repair | None]:
     """What each MLP's down projection is to become when only the plan's neurons stay.
@@ -123,6 +126,8 @@ def repairs(
         plan: made for it.
         stats: of it; not needed for none.
         method: none, bias, lstsq, or sequential (distill begins with it).
+        heard: told by sequential what the dense model says.
+        quiet: no progress bar.
 
     Raises:
         InputError: a repair is not finite in the weights' dtype.
@@ -130,7 +135,7 @@ def repairs(
     if method == "none":
         return [None] * len(views)
     if method in ("sequential", "distill"):
-        fixes = sequential(model, views, plan.kept, stats, quiet=quiet)
+        fixes = sequential(model, views, plan.kept, stats, heard=heard, quiet=quiet)
     else:
         triples = zip(views, stats.target, plan.kept, strict=True)
         fixes = [repair(view, sums, kept, method) for view, sums, kept in triples]

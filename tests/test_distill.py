@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.batching import Tokens, batches
-from prunekit.compensate import Teacher
+from prunekit.compensate import Teacher, sequential
 from prunekit.errors import InputError
 from tests.models import tiny_model
 
@@ -34,6 +34,15 @@ def calibrated(model, tokenizer, texts):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def taught(model, prompts):
+    """A teacher that heard what the model itself says."""
+    teacher = Teacher(prompts)
+    for batch in batches(prompts, 256):
+        teacher.hear(batch, model(input_ids=batch.ids, use_cache=False).logits)
+    return teacher
+
+
 def full_divergence(dense, model, tokenizer, texts):
     """KL(dense ‖ model) a token, over the whole vocabulary."""
     ids = torch.tensor([tokenizer(text).input_ids for text in texts])
@@ -74,7 +83,7 @@ def test_the_divergence_is_that_of_the_whole_vocabulary_but_for_a_little(
         for parameter in other.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
     prompts = [Tokens(tuple(tokenizer(text).input_ids)) for text in texts]
-    teacher = Teacher(llama, prompts, quiet=True)
+    teacher = taught(llama, prompts)
     got = want = 0.0
     with torch.no_grad():
         for batch in batches(prompts, 256):
@@ -98,7 +107,9 @@ def test_the_same_steps_give_the_same_weights(tokenizer, texts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_decoders_matrices_move_and_all_else_stays(dtype, tokenizer, texts):
+def test_only_the_decoders_matrices_move_and_all_else_stays(dtype, tokenizer, texts, monkeypatch):
+    module = importlib.import_module("prunekit.compensate.distill")
+    monkeypatch.setattr(module, "SHARES", (1.0,))  # all of the way, whatever it is worth
     model = tiny_model("llama_bias").to(dtype).train()
     frozen = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
     stats, plan = calibrated(model, tokenizer, texts)
@@ -191,7 +202,7 @@ def test_the_share_kept_is_the_best_of_all_for_the_prompts_left_apart(
     stats, plan = calibrated(model, tokenizer, many_texts[:80])
     pk.prune(model, plan, stats=stats, compensate="distill", steps=20)
     apart = stats.prompts[module.APART // 2 :: module.APART]
-    teacher = Teacher(dense, apart, quiet=True)
+    teacher = taught(dense, apart)
     weights = module.decoder_matrices(model, find_mlps(model))
 
     @torch.no_grad()
@@ -214,7 +225,7 @@ def test_a_token_counts_as_much_as_its_prompt_weighs(llama, tokenizer, texts):
     encoded = [Tokens(tuple(tokenizer(text).input_ids)) for text in texts[:6]]
     prompts = [replace(p, weight=w) for p, w in zip(encoded, (1, 0.25, 0, 1, 0.25, 0), strict=True)]
     (whole,) = batches(prompts, 10_000)
-    teacher, plain = Teacher(llama, prompts, quiet=True), Teacher(llama, encoded, quiet=True)
+    teacher, plain = taught(llama, prompts), taught(llama, encoded)
     with torch.no_grad():
         got = teacher.divergence(other, whole).item()
         each = [plain.divergence(other, next(batches([p], 10_000))).item() for p in encoded]
@@ -244,6 +255,24 @@ def test_the_mixed_loss_is_of_completions_alone_and_of_both_targets(
         loss = F.nll_loss(model, ids[0, 2:], reduction="sum")
         divergence = F.kl_div(model, dense, reduction="sum", log_target=True)
         want += prompt.weight * (loss + divergence).item()
-    teacher = Teacher(llama, prompts, quiet=True)
+    teacher = taught(llama, prompts)
     got = sum(teacher.mixed_loss(other, batch) for batch in batches(prompts, 64))
     assert got == pytest.approx(want, rel=2e-3)
+
+
+def test_the_repair_says_what_the_dense_model_says(architecture, tokenizer, texts):
+    """Heard on the way, before anything is pruned away, are the dense model's own logits."""
+    model = tiny_model(architecture)
+    stats, plan = calibrated(model, tokenizer, texts)
+    heard = {}
+
+    def hear(batch, logits):
+        for row, length, index in zip(logits, batch.lengths, batch.index, strict=True):
+            heard[index] = row[:length].clone()
+
+    sequential(model, find_mlps(model), plan.kept, stats, heard=hear, quiet=True)
+    assert set(heard) == set(range(len(stats.prompts)))
+    for index, prompt in enumerate(stats.prompts):
+        with torch.no_grad():
+            want = model(input_ids=torch.tensor([prompt.ids]), use_cache=False).logits[0]
+        torch.testing.assert_close(heard[index], want, rtol=1e-3, atol=1e-4)

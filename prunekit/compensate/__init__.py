@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prunekit.arch import MLPView
-from prunekit.compensate.base import Repair, check_prompts, check_statistics
+from prunekit.compensate.base import Heard, Repair, check_prompts, check_statistics
 from prunekit.compensate.bias import bias
 from prunekit.compensate.distill import MINUTES, check_budget, distill
 from prunekit.compensate.lstsq import RIDGE, lstsq
@@ -18,6 +18,7 @@ __all__ = [
     "METHODS",
     "MINUTES",
     "RIDGE",
+    "Heard",
     "Repair",
     "Teacher",
     "check_budget",

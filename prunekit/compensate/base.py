@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from prunekit.arch import MLPView
+from prunekit.batching import Batch
 from prunekit.errors import InputError
 from prunekit.stats import NeuronStats
+
+# Told of a batch of the calibration's prompts and a model's logits on it, [B, S, V].
+Heard = Callable[[Batch, torch.Tensor], None]
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def distill(
     Args:
         model: pruned and repaired; dtype, training mode and what requires gradients stay.
         views: its MLPs.
-        teacher: asked of the dense model.
+        teacher: heard the dense model.
         minutes: how long to train; ignored where ``steps`` is given.
         steps: how many batches of 1024 tokens to train on.
         quiet: no progress bar.

@@ -17,11 +17,11 @@ from torch import nn
 from prunekit.arch import MLPView, decoder_layers
 from prunekit.backward import calling_instead
 from prunekit.batching import Batch, batches
-from prunekit.compensate.base import Repair, check_prompts
+from prunekit.compensate.base import Heard, Repair, check_prompts
 from prunekit.compensate.importance import token_weights
 from prunekit.compensate.lstsq import lstsq
 from prunekit.compensate.regression import Regression
-from prunekit.compensate.streams import Calls, in_fp32, record_calls, watched
+from prunekit.compensate.streams import Calls, in_fp32, logits_after, record_calls, watched
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
@@ -41,6 +41,7 @@ def sequential(
     kept: Sequence[torch.Tensor],
     stats: NeuronStats,
     *,
+    heard: Heard | None = None,
     quiet: bool = False,
 ) -> list[Repair | None]:
     """Repair every down projection for the neurons that stay, from the first layer to the last.
@@ -58,6 +59,7 @@ def sequential(
         views: its MLPs.
         kept: for each of them the neurons that stay.
         stats: with Gram matrices and prompts.
+        heard: told the dense model's logits, [B, S, V] in its dtype, on each batch of the prompts.
         quiet: no progress bar.
 
     Raises:
@@ -67,6 +69,7 @@ def sequential(
         Two forwards of the decoder, the second without down projections, and a backward where the
         statistics hold no gradients; T·F'² + 6·T·D·F' FLOP an MLP and the solution's own. 8·T·D
         bytes of hidden states, T·F' of activations in the weights' precision, two layers in fp32.
+        Where it is heard, the lm_head's 2·T·V·D FLOP.
 
     Source:
         Asymmetric calibration: GPTAQ, Li et al., arXiv 2504.02692, for neurons instead of grids.
@@ -82,7 +85,13 @@ def sequential(
         found = token_weights(model, views, stats, quiet=quiet)
         weights = {i: _by_batch(found[i], stats, groups) for i in alone}
         with _restored([views[i] for m in members for i in m]):
-            return _walk(model, views, kept, stats, layers, members, weights, groups, quiet)
+            calls = record_calls(model, layers, groups)
+            dense = [call.hidden for call in calls]
+            fixes = _walk(views, kept, stats, layers, members, weights, calls, dense, quiet)
+            if heard is not None:
+                for batch, hidden in zip(groups, dense, strict=True):
+                    heard(batch, logits_after(model, layers, batch, hidden))
+            return fixes
     finally:
         model.train(was_training)
 
@@ -120,13 +129,12 @@ def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
-def _walk(model, views, kept, stats, layers, members, weights, groups, quiet):
-    calls = record_calls(model, layers, groups)
-    dense = [call.hidden for call in calls]
+def _walk(views, kept, stats, layers, members, weights, calls, dense, quiet):
+    """The repairs; ``dense`` then has what the dense model's last layer gives."""
     pruned = list(dense)
     repairs: list[Repair | None] = [None] * len(views)
-    total = len(layers) * sum(batch.tokens for batch in groups)
-    with progress_bar(total, "repair", "tok", quiet=quiet) as bar:
+    tokens = sum(int(call.counted.sum()) for call in calls)
+    with progress_bar(len(layers) * tokens, "repair", "tok", quiet=quiet) as bar:
         for number, (layer, inside) in enumerate(zip(layers, members, strict=True)):
             if len(inside) == 1 and inside[0] in weights:
                 i = inside[0]
@@ -139,7 +147,7 @@ def _walk(model, views, kept, stats, layers, members, weights, groups, quiet):
                     if stats.target[i].tokens:
                         repairs[i] = lstsq(views[i], stats.target[i], kept[i].long())
                 _run_on(layer, number, calls, dense)
-                bar.update(sum(batch.tokens for batch in groups))
+                bar.update(tokens)
                 for i in inside:
                     _install(views[i], kept[i].long(), repairs[i])
                 _run_on(layer, number, calls, pruned)

@@ -89,6 +89,20 @@ def _record(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, *, idle
     return calls
 
 
+@torch.no_grad()
+def logits_after(
+    model: nn.Module, layers: Sequence[nn.Module], batch: Batch, hidden: torch.Tensor
+) -> torch.Tensor:
+    """The model's logits, [B, S, V], from what its last layer gives for a batch: [B, S, D]."""
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        for layer in layers[:-1]:
+            stack.enter_context(calling_instead(layer, _hand_on))
+        dtype = next(model.parameters()).dtype
+        stack.enter_context(calling_instead(layers[-1], lambda *_, **__: hidden.to(dtype)))
+        return model(input_ids=batch.ids.to(device), use_cache=False).logits
+
+
 def _hand_on(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
     """The forward of an idle layer."""
     return hidden_states

@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.backward import IGNORED, next_tokens
-from prunekit.batching import Batch, Tokens, batches
-from prunekit.ops.quick import quick_products
-from prunekit.progress import progress_bar
+from prunekit.batching import Batch, Tokens
 
 TOP = 64  # next tokens of which each probability is kept; the others' only together
-BATCH_TOKENS = 1024
 FLOOR = 1e-6  # of the others' probability: below it fp32's differences from 1 are noise
 
 
@@ -25,34 +22,21 @@ class Teacher:
     model itself need not outlive its pruning.
 
     Args:
-        model: the dense model, a transformers causal language model.
-        prompts: encoded.
-        quiet: no progress bar.
+        prompts: encoded; `hear` is to be told of each.
 
     Cost:
-        A forward of the model with its lm_head; 6·TOP = 384 bytes a token, and 10·T·V bytes of
-        logits of a batch of T = 1024 tokens while it is asked.
+        6·TOP = 384 bytes a token.
     """
 
-    @quick_products()
-    def __init__(self, model: nn.Module, prompts: Sequence[Tokens], *, quiet: bool = False):
+    def __init__(self, prompts: Sequence[Tokens]):
         self.prompts = list(prompts)
         self._weights = {prompt.ids: prompt.weight for prompt in prompts}
         self._said: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        was_training = model.training
-        model.eval()
-        total = sum(len(prompt.ids) for prompt in prompts)
-        try:
-            with progress_bar(total, "teacher", "tok", quiet=quiet) as bar:
-                for batch in batches(prompts, BATCH_TOKENS):
-                    self._ask(model, batch)
-                    bar.update(batch.tokens)
-        finally:
-            model.train(was_training)
 
     @torch.no_grad()
-    def _ask(self, model: nn.Module, batch: Batch) -> None:
-        top, index = likeliest(counted_logits(model, batch))
+    def hear(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Keep what the dense model says of a batch of the prompts; logits: [B, S, V]."""
+        top, index = likeliest(_counted(logits, batch))
         pairs = zip(
             _rows(batch),
             top.half().cpu().split(batch.lengths),
@@ -138,5 +122,8 @@ def divergence(logits: torch.Tensor, dense: torch.Tensor, index: torch.Tensor) -
 def counted_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """A model's logits on the tokens of a batch that are no padding: [T, V]."""
     device = next(model.parameters()).device
-    logits = model(input_ids=batch.ids.to(device), use_cache=False).logits
+    return _counted(model(input_ids=batch.ids.to(device), use_cache=False).logits, batch)
+
+
+def _counted(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return logits.flatten(0, 1)[batch.counted().to(logits.device)]

@@ -11,7 +11,7 @@ head's, T tokens in prompts of S, T' of them in completions, b bytes a weight. F
     repair       4·T·P - 2·T·D·F              in fp32 that multiplies as the weights' dtype
                  + T·F'² + 6·T·D·F'           an MLP
                  + 6·(F'³/3 + 2·D·F'²)        an MLP, in fp64: five ridges and the best once more
-    teacher      2·T·(P + V·D)                what distillation imitates
+    teacher      2·T·V·D                      what distillation imitates
     distill      6·1024·(P' + V·D) a step     or the minutes it is given
     settle       5/8·T·(P' + V·D)             five ways along, on a sixteenth of the prompts
 
@@ -212,13 +212,12 @@ def predict(shape: Shape, rates: Rates, work: Work, widths: Sequence[int]) -> li
             phases.append(_gradients(shape, rates, work, base))
     if work.eliminates:
         phases.append(_score(shape, rates, base))
-    if work.method == "distill":
-        phases.append(_teacher(shape, rates, work, base))
     if work.method in ("sequential", "distill"):
         phases.append(_sequential(shape, rates, work, widths, base))
     elif work.method == "lstsq":
         phases.append(_lstsq(shape, rates, widths, base))
     if work.method == "distill":
+        phases.append(_teacher(shape, rates, work, base))
         phases += _distill(shape, rates, work, widths, base)
     written = shape.pruned_bytes(widths)
     phases.append(Phase("save", 0.0, written / _DISK, base + written))
@@ -285,11 +284,11 @@ def _sequential(shape, rates, work: Work, widths: Sequence[int], base: float) ->
 
 
 def _teacher(shape, rates, work: Work, base: float) -> Phase:
-    products = 2 * work.tokens * (shape.decoder + shape.head)
-    around = _around(shape, rates, work, rates.products, shape.itemsize)
-    seconds = products / rates.products + around
+    products = 2 * work.tokens * shape.head
+    seconds = products / rates.products + 10 * work.tokens * shape.vocabulary / rates.copy
+    hidden = 4 * work.tokens * shape.hidden
     logits = 10 * BATCH_TOKENS * shape.vocabulary
-    return Phase("teacher", products, seconds, base + _SLACK * logits)
+    return Phase("teacher", products, seconds, base + hidden + _SLACK * logits)
 
 
 def _distill(shape, rates, work: Work, widths: Sequence[int], base: float) -> list[Phase]:
