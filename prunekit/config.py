@@ -93,7 +93,7 @@ class PruneConfig:
     allocation: str = option(
         "uniform",
         "how many neurons each layer keeps: uniform, or budget: as many in all, shared out by what "
-        "they cost the loss",
+        "they cost the loss, where a rehearsal of the repair says that this is worth more",
         choices=("uniform", "budget"),
     )
     compensate: str = option(

@@ -18,7 +18,7 @@ LAYERS = (
     ("ops",),
     ("arch", "stats", "nn", "observe", "corpus", "batching", "contrast"),
     ("backward", "gradients"),
-    ("criteria", "allocation", "plan", "compact", "compensate"),
+    ("criteria", "allocation", "plan", "compact", "compensate", "choose"),
     ("checkpoint", "calibrate"),
     ("integrations", "tasks", "evaluate", "recover", "measure"),
     ("experiment",),

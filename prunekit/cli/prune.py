@@ -15,6 +15,7 @@ from prunekit.batching import Tokens
 from prunekit.calibrate import calibrate
 from prunekit.checkpoint import save, weight_bytes
 from prunekit.checkpoint.widths import differ, loadable, loader, refuse_differing_widths
+from prunekit.choose import REHEARSED, planned
 from prunekit.cli import search
 from prunekit.cli.forecast import LENGTH, PROMPTS, counted, forecast
 from prunekit.cli.output import Output, count, megabytes
@@ -41,7 +42,7 @@ from prunekit.files import check_output_folder
 from prunekit.integrations.loading import load, load_shape, load_tokenizer
 from prunekit.measure.cost import Work
 from prunekit.measure.memory import parameter_count
-from prunekit.plan import PrunePlan, check_sparsity, kept_width, plan
+from prunekit.plan import PrunePlan, check_sparsity, kept_width
 from prunekit.stats import NeuronStats
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def run(config: PruneConfig, output: Output) -> int:
         "output": str(folder),
     }
     output.line(
-        f"kept {_widths(chosen)}; repair: {method}\n"
+        f"kept {_widths(chosen)}; repair: {method}\n{_rehearsed(chosen)}"
         f"parameters {count(facts['parameters_dense'])} -> {count(after)}, "
         f"{megabytes(facts['bytes'])} on disk, pruned in {seconds:.1f} s\n"
         f"saved {folder}: loads with {loader(differ(chosen.dense_widths, chosen.widths()))}"
@@ -173,6 +174,7 @@ def _facts(config: PruneConfig, model, chosen: PrunePlan, method: str) -> dict:
         "dense_widths": list(chosen.dense_widths),
         "keep_off_task": config.keep_off_task,
         "compensate": method,
+        "divergence": chosen.recipe.get("divergence"),
         "parameters_dense": parameter_count(model),
     }
 
@@ -214,6 +216,7 @@ def _work(config: PruneConfig, target: list[Tokens], distractors: list[Tokens]) 
         others=0 if config.keep_off_task else sum(len(p.ids) for p in distractors),
         minutes=config.minutes,
         steps=config.steps,
+        rehearsals=2 if _shares(config) and method in REHEARSED else 0,
     )
 
 
@@ -372,15 +375,30 @@ def _choose(
     }
     goals = {name: getattr(config, name) for name in ("target_bytes", "target_speedup")}
     recipe |= {name: goal for name, goal in goals.items() if goal}
-    return plan(
+    return planned(
+        model,
+        stats,
         scores,
         sparsity,
+        compensate="none" if config.dry_run else method,  # a dry run rehearses nothing
         strategy=config.strategy,
         allocation=config.allocation,
         sensitivity=costs,
+        quiet=config.quiet,
         multiple_of=config.multiple_of,
         seed=config.seed,
         recipe=recipe,
+    )
+
+
+def _rehearsed(chosen: PrunePlan) -> str:
+    """What budget and uniform widths were worth, where that was tried."""
+    if "divergence" not in chosen.recipe:
+        return ""
+    said = chosen.recipe["divergence"]
+    each = ", ".join(f"{name} {value:.4f}" for name, value in said.items())
+    return (
+        f"nats from the dense model on prompts held out: {each}; took {min(said, key=said.get)}\n"
     )
 
 

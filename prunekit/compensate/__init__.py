@@ -9,6 +9,7 @@ from prunekit.compensate.base import Heard, Repair, check_prompts, check_statist
 from prunekit.compensate.bias import bias
 from prunekit.compensate.distill import MINUTES, check_budget, distill
 from prunekit.compensate.lstsq import RIDGE, lstsq
+from prunekit.compensate.rehearse import rehearse
 from prunekit.compensate.sequential import sequential
 from prunekit.compensate.teacher import Teacher
 from prunekit.errors import InputError
@@ -27,6 +28,7 @@ __all__ = [
     "check_statistics",
     "default_method",
     "distill",
+    "rehearse",
     "repair",
     "sequential",
 ]

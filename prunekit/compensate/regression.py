@@ -50,13 +50,18 @@ class Regression:
         self.cross[half].addmm_((error * weights.sqrt()[:, None]).T, h)
         self.weight[half] += float(weights.sum())
 
-    def solve(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """ΔW: [D, F'] and δ: [D] or None, fp64 on the CPU; None where every h was 0."""
+    def solve(self, *, whole: bool = True) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """ΔW: [D, F'] and δ: [D] or None, fp64 on the CPU; None where every h was 0.
+
+        With ``whole`` what was held out is fitted too, once the ridge is chosen.
+        """
         grams = [ops.symmetrize_(g).double() for g in self.gram]
         crosses = list(self.cross.double())
         if self.gram.device.type != "cuda":  # not every device has fp64
             grams, crosses = [g.cpu() for g in grams], [c.cpu() for c in crosses]
-        total, cross = grams[0] + grams[1], crosses[0] + crosses[1]
+        total, cross = grams[0], crosses[0]
+        if whole:
+            total, cross = total + grams[1], cross + crosses[1]
         inputs = total.shape[0] - self.intercept
         if not total.diagonal()[:inputs].any():
             return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -74,6 +75,30 @@ def sequential(
     Source:
         Asymmetric calibration: GPTAQ, Li et al., arXiv 2504.02692, for neurons instead of grids.
     """
+    with walked(model, views, kept, stats, whole=True, quiet=quiet) as walk:
+        if heard is not None:
+            for batch, hidden in zip(walk.groups, walk.dense, strict=True):
+                heard(batch, logits_after(model, walk.layers, batch, hidden))
+        return walk.repairs
+
+
+@dataclass
+class Walk:
+    """What a walk through the layers leaves: the streams are at the last layer's end."""
+
+    layers: Sequence[nn.Module]
+    groups: list[Batch]
+    repairs: list[Repair | None]
+    dense: list[torch.Tensor]
+    pruned: list[torch.Tensor]
+
+
+@contextmanager
+def walked(model, views, kept, stats, *, whole: bool, quiet: bool) -> Iterator[Walk]:
+    """Inside, the down projections are the repaired ones, with zeros for what goes.
+
+    With ``whole`` False what chooses the ridge repairs nothing: every fifth batch of prompts.
+    """
     check_prompts("sequential", views, stats)
     layers = decoder_layers(model, list(views))
     members = [_members(layer, views) for layer in layers]
@@ -87,11 +112,9 @@ def sequential(
         with _restored([views[i] for m in members for i in m]):
             calls = record_calls(model, layers, groups)
             dense = [call.hidden for call in calls]
-            fixes = _walk(views, kept, stats, layers, members, weights, calls, dense, quiet)
-            if heard is not None:
-                for batch, hidden in zip(groups, dense, strict=True):
-                    heard(batch, logits_after(model, layers, batch, hidden))
-            return fixes
+            walk = Walk(layers, groups, [None] * len(views), dense, list(dense))
+            _walk(walk, views, kept, stats, members, weights, calls, whole, quiet)
+            yield walk
     finally:
         model.train(was_training)
 
@@ -129,17 +152,17 @@ def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
-def _walk(views, kept, stats, layers, members, weights, calls, dense, quiet):
-    """The repairs; ``dense`` then has what the dense model's last layer gives."""
-    pruned = list(dense)
-    repairs: list[Repair | None] = [None] * len(views)
+def _walk(walk: Walk, views, kept, stats, members, weights, calls, whole: bool, quiet: bool):
+    layers, repairs, dense, pruned = walk.layers, walk.repairs, walk.dense, walk.pruned
     tokens = sum(int(call.counted.sum()) for call in calls)
-    with progress_bar(len(layers) * tokens, "repair", "tok", quiet=quiet) as bar:
+    with progress_bar(
+        len(layers) * tokens, "repair" if whole else "rehearsal", "tok", quiet=quiet
+    ) as bar:
         for number, (layer, inside) in enumerate(zip(layers, members, strict=True)):
             if len(inside) == 1 and inside[0] in weights:
                 i = inside[0]
                 step = _Layer(layer, number, views[i], kept[i].long(), calls)
-                repairs[i] = step.repair(dense, pruned, weights[i], bar)
+                repairs[i] = step.repair(dense, pruned, weights[i], bar, whole)
                 _install(views[i], kept[i].long(), repairs[i])
                 step.move_on(pruned)
             else:
@@ -151,7 +174,6 @@ def _walk(views, kept, stats, layers, members, weights, calls, dense, quiet):
                 for i in inside:
                     _install(views[i], kept[i].long(), repairs[i])
                 _run_on(layer, number, calls, pruned)
-    return repairs
 
 
 def _run_on(layer: nn.Module, number: int, calls: list[Calls], hidden: list[torch.Tensor]) -> None:
@@ -179,7 +201,7 @@ class _Layer:
         self.dtype = torch.bfloat16 if view.down.dtype == torch.bfloat16 else torch.float32
         self.activations: list[torch.Tensor] = []  # [B·S, F'] in the pruned model, if it is enough
 
-    def repair(self, dense, pruned, weights, bar) -> Repair | None:
+    def repair(self, dense, pruned, weights, bar, whole: bool) -> Repair | None:
         """Solve for this layer's down projection, and move the dense stream on past it."""
         with in_fp32(self.layer), watched(self.view.down_owner) as seen:
             adds = self._adds(pruned[-1])
@@ -205,7 +227,7 @@ class _Layer:
                 error = aim - torch.nn.functional.linear(h, down, bias)
                 problem.add(h, error, weights[b].to(device), held_out=b % HELD_OUT == 0)
                 bar.update(int(rows.sum()))
-            solution = problem.solve()
+            solution = problem.solve(whole=whole)
         if solution is None:
             logger.warning("%s: its activations are all 0; left unrepaired", self.view.name)
             return None

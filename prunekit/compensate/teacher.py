@@ -61,6 +61,17 @@ class Teacher:
         return self._weighed(self._divergence(counted_logits(model, batch), batch), batch).sum()
 
     @torch.no_grad()
+    def divergence_from(self, logits: torch.Tensor, batch: Batch) -> tuple[float, float]:
+        """KL(dense ‖ logits) summed over the tokens of completions, and what these weigh together.
+
+        Tokens weigh as in `divergence`; of plain text all are summed. logits: [B, S, V].
+        """
+        logits = _counted(logits, batch)
+        scored = (self._labels(batch, logits.device) != IGNORED).float()
+        found = self._divergence(logits, batch) * scored
+        return self._weighed(found, batch).sum().item(), self._weighed(scored, batch).sum().item()
+
+    @torch.no_grad()
     def mixed_loss(self, model: nn.Module, batch: Batch) -> float:
         """KL(dense ‖ model) plus the model's own loss, summed over the tokens of completions.
 
@@ -71,12 +82,17 @@ class Teacher:
             Soft and hard targets: Hinton et al., arXiv 1503.02531, section 2.
         """
         logits = counted_logits(model, batch)
-        counted = batch.counted().to(logits.device)
-        labels = next_tokens(batch, batch.ids.to(logits.device)).flatten()[counted]
+        labels = self._labels(batch, logits.device)
         scored = labels != IGNORED
         loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
         found = self._divergence(logits, batch) * scored + loss
         return self._weighed(found, batch).sum().item()
+
+    @staticmethod
+    def _labels(batch: Batch, device: torch.device) -> torch.Tensor:
+        """[T]: the next token where it is to be scored, elsewhere IGNORED."""
+        labels = next_tokens(batch, batch.ids.to(device))
+        return labels.flatten()[batch.counted().to(device)]
 
     def _divergence(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         said = [self._said[ids] for ids in _rows(batch)]

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from prunekit.allocation import sensitivity
+from prunekit.choose import planned
 from prunekit.compact import prune
 from prunekit.contrast import weigh
 from prunekit.corpus import Corpus
 from prunekit.criteria import score
 from prunekit.evaluate import Loss, evaluate_loss
 from prunekit.experiment.twin import twin
-from prunekit.plan import plan
 from prunekit.stats import NeuronStats
 
 
@@ -86,9 +86,13 @@ def run_variants(
             scored[way] = scores, time.perf_counter() - begun
             begun = time.perf_counter()
         scores, scoring = scored[way]
-        chosen = plan(
+        chosen = planned(
+            smaller,
+            weighed,
             scores,
             variant.sparsity,
+            compensate=variant.compensate,
+            quiet=quiet,
             strategy=variant.strategy,
             allocation=variant.allocation,
             sensitivity=sensitivity(scores, smaller) if variant.allocation == "budget" else None,

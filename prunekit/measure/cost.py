@@ -11,6 +11,7 @@ head's, T tokens in prompts of S, T' of them in completions, b bytes a weight. F
     repair       4·T·P - 2·T·D·F              in fp32 that multiplies as the weights' dtype
                  + T·F'² + 6·T·D·F'           an MLP
                  + 6·(F'³/3 + 2·D·F'²)        an MLP, in fp64: five ridges and the best once more
+    rehearsal    as the repair                each of two, for budget
     teacher      2·T·V·D                      what distillation imitates
     distill      6·1024·(P' + V·D) a step     or the minutes it is given
     settle       5/8·T·(P' + V·D)             five ways along, on a sixteenth of the prompts
@@ -129,7 +130,7 @@ class Work:
     ``calibrates`` is False where statistics are at hand; ``eliminates`` where the criterion is one
     of reconstruction; ``others`` counts the distractors' tokens, which only run forwards,
     ``scored`` those of T that the loss is taken of; ``minutes`` or, where they are given, ``steps``
-    bound a distillation.
+    bound a distillation; ``rehearsals`` are repairs that only show what a plan is worth.
     """
 
     tokens: int
@@ -143,6 +144,7 @@ class Work:
     scored: int = 0
     minutes: float = 0.0
     steps: int = 0
+    rehearsals: int = 0
 
 
 def _routed(model: nn.Module, views: list[MLPView]) -> float:
@@ -213,7 +215,11 @@ def predict(shape: Shape, rates: Rates, work: Work, widths: Sequence[int]) -> li
     if work.eliminates:
         phases.append(_score(shape, rates, base))
     if work.method in ("sequential", "distill"):
-        phases.append(_sequential(shape, rates, work, widths, base))
+        repair = _sequential(shape, rates, work, widths, base)
+        if work.rehearsals:
+            twice = work.rehearsals * repair.flops, work.rehearsals * repair.seconds
+            phases.append(Phase("rehearsal", *twice, repair.bytes))
+        phases.append(repair)
     elif work.method == "lstsq":
         phases.append(_lstsq(shape, rates, widths, base))
     if work.method == "distill":
