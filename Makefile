@@ -11,6 +11,8 @@ CONSTRAINTS := $(if $(findstring ==,$(TORCH)),-c constraints-cpu.txt)
 VLLM     ?= .venv-vllm
 VLLM_BIN := $(VLLM)/bin
 BASE     ?= main
+# A process a core, each with one thread: threads that wait for each other across them waste most.
+PYTEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -75,10 +77,11 @@ demo: $(VENV)/.ready
 	$(BIN)/prunekit demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST)
+	$(BIN)/python -m pytest -m slow
 
 # pip compiles llama.cpp for this machine.
 $(VENV)/.llamacpp: $(VENV)/.ready
