@@ -67,13 +67,7 @@ class _Recorder:
         self._add(index, *found, spans)
         return y
 
-    def differentiable(
-        self,
-        index: int,
-        gate: torch.Tensor,
-        up: torch.Tensor | None,
-        rows: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def differentiable(self, index: int, gate, up, rows) -> torch.Tensor:
         """The tap of a forward that runs backwards: its h is torch's, beside the statistics'."""
         if index in self.awaited:
             self.awaited.remove(index)
