@@ -38,7 +38,9 @@ def suite(tmp_path):
     (tmp_path / "test_speed.py").write_text(SUITE)
 
     def run(*options, **variables):
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+        # Among pytest-xdist's workers pytest-benchmark would time nothing.
+        outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        environment = outside | {"PYTHONPATH": str(ROOT)} | variables
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
         run = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
         done = subprocess.run(command, **run, check=False)
