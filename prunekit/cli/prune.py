@@ -186,6 +186,8 @@ def _show(output: Output, model, chosen: PrunePlan, work: Work, facts: dict) -> 
     found.show(output)
     if len(set(chosen.widths())) > 1:
         output.line(f"widths by layer: {' '.join(map(str, chosen.widths()))}")
+        if work.rehearsals:
+            output.line("unless the rehearsal says that uniform ones are worth more")
     output.json(facts | {"forecast": found.facts()})
     return 0
 
