@@ -115,7 +115,8 @@ def plan(
         sparsity: the fraction of neurons to remove, 0 < sparsity < 1.
         strategy: selective removes the lowest scores, reverse the highest, random by seed.
         allocation: uniform gives every MLP the same share; budget shares out as many neurons in
-            all so that the losses of ``sensitivity`` are least.
+            all so that the losses of ``sensitivity`` are least (`prunekit.choose.planned` asks a
+            rehearsal whether that is worth more).
         sensitivity: of the model, from `prunekit.sensitivity`; for budget.
         multiple_of: kept widths are rounded to it.
         seed: for random.
