@@ -49,8 +49,7 @@ def test_a_rehearsal_says_what_the_repaired_model_says_of_the_prompts_left_out(
         assert torch.equal(mine, before)
 
 
-def test_prompts_left_out_repair_nothing(llama, stats):
-    """Whatever they say, what the others repair stays the same."""
+def test_a_rehearsal_repairs_by_fewer_prompts(llama, stats):
     views, kept = find_mlps(llama), kept_of(llama)
     with torch.no_grad(), walked(llama, views, kept, stats, whole=False, quiet=True) as walk:
         alone = [repair.down for repair in walk.repairs]

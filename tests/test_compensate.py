@@ -199,7 +199,8 @@ def test_the_calibrations_gradients_spare_the_backward(name, tokenizer, texts, m
         sequential(model, find_mlps(model), kept, stats, quiet=True), want, strict=True
     ):
         # Calibration's activation is torch's: GPT-2's own rounds otherwise.
-        torch.testing.assert_close(mine.down, theirs.down, rtol=1e-4, atol=1e-5)
+        close = {"rtol": 1e-4, "atol": 1e-5} if name == "gpt2" else {}
+        torch.testing.assert_close(mine.down, theirs.down, **close)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
