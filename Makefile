@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help demo test test-all test-llamacpp test-vllm lint audit bench
-.PHONY: bench-compare bench-peers gpu-bench gpu-tune gpu-table clean
+.PHONY: bench-ops bench-compare bench-peers gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,7 +29,8 @@ help:
 	@echo "make test-vllm that vLLM on the CPU generates what transformers does; its own environment"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
-	@echo "make bench     measure the operations and the main job on this machine"
+	@echo "make bench     measure the operations and the main job on this machine, in 10 minutes"
+	@echo "make bench-ops the same operations at many shapes: the README's tables"
 	@echo "make bench-compare BASE=main  time the working tree and another revision in turn"
 	@echo "make bench-peers   beside optipfair: what calibrating, pruning and saving take"
 	@echo "make gpu-bench check and time every operation on this machine's GPU, in 9 minutes"
@@ -104,6 +105,9 @@ audit: $(VENV)/.ready
 	$(BIN)/python -m bench.audit
 
 bench: $(VENV)/.ready
+	$(BIN)/python -m bench.suite
+
+bench-ops: $(VENV)/.ready
 	$(BIN)/python -m bench.gathers
 	$(BIN)/python -m bench.act_stats
 	$(BIN)/python -m bench.calibration
@@ -127,4 +131,4 @@ gpu-table: $(VENV)/.ready
 	$(BIN)/python -m bench.gpu.page
 
 clean:
-	rm -rf build demo-out *.egg-info prunekit/_C*.so
+	rm -rf build demo-out bench-out *.egg-info prunekit/_C*.so

@@ -10,11 +10,8 @@ bytes. Needs llama-cpp-python.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -25,9 +22,9 @@ import torch
 import prunekit as pk
 from bench.agreement import shortfalls
 from prunekit.arch import find_mlps
-from prunekit.checkpoint.gguf import save_gguf
 from prunekit.checkpoint.gguf_read import read_gguf
 from prunekit.corpus import Corpus
+from prunekit.integrations.llamacpp import LlamaCpp
 from prunekit.integrations.loading import load_tokenizer
 from prunekit.measure import interleave, provenance, summarise
 from prunekit.plan import PrunePlan
@@ -43,27 +40,6 @@ TEXTS = (
 QUESTION = [{"role": "user", "content": "Which planet is closest to the sun?"}]
 
 
-@llama_cpp.llama_log_callback
-def _silent(level, text, data) -> None:
-    pass
-
-
-@dataclass
-class Model:
-    """A model as a file of llama.cpp's, opened."""
-
-    name: str
-    path: Path
-    engine: llama_cpp.Llama
-
-    @property
-    def bytes(self) -> int:
-        """What decoding a token reads; one row of embeddings that the output does not share."""
-        tensors = read_gguf(self.path).tensors
-        apart = "output.weight" in tensors
-        return sum(t.size for n, t in tensors.items() if n != "token_embd.weight" or not apart)
-
-
 def greedy(engine: llama_cpp.Llama, ids: Sequence[int]) -> list[int]:
     """The likeliest tokens after a prompt, one after the other."""
     engine.reset()
@@ -77,61 +53,29 @@ def greedy(engine: llama_cpp.Llama, ids: Sequence[int]) -> list[int]:
     return found
 
 
-def check(model: Model) -> bool:
+def read_by_a_token(path: Path) -> int:
+    """Bytes that decoding reads; one row of embeddings that the output does not share."""
+    tensors = read_gguf(path).tensors
+    apart = "output.weight" in tensors
+    return sum(t.size for n, t in tensors.items() if n != "token_embd.weight" or not apart)
+
+
+def check(name: str, path: Path, engine: llama_cpp.Llama) -> bool:
     """Print how the continuations of three prompts compare, and return whether they agree."""
-    reference, tokenizer = pk.load(model.path, dtype="fp32"), load_tokenizer(str(model.path))
+    reference, tokenizer = pk.load(path, dtype="fp32"), load_tokenizer(str(path))
     chat = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     fine = True
     for text in (*TEXTS, chat):
         ids = tokenizer(text).input_ids
-        if model.engine.tokenize(text.encode(), special=True) != ids:
-            print(f"{model.name}: {text!r} becomes other tokens")
+        if engine.tokenize(text.encode(), special=True) != ids:
+            print(f"{name}: {text!r} becomes other tokens")
             return False
-        ours = greedy(model.engine, ids)
+        ours = greedy(engine, ids)
         apart = [(i, gap) for i, gap in enumerate(shortfalls(reference, ids, ours)) if gap > 0]
         told = "equal" if not apart else ", ".join(f"token {i}: {gap:.4f} nats" for i, gap in apart)
-        print(f"{model.name:12} {told:34} {tokenizer.decode(ours)[:60]!r}", flush=True)
+        print(f"{name:12} {told:34} {tokenizer.decode(ours)[:60]!r}", flush=True)
         fine &= all(gap < NEAR_TIE for _, gap in apart)
     return fine
-
-
-def decode(engine: llama_cpp.Llama, count: int):
-    """Decodes tokens one by one, as llama-bench does; which ones matters not for the time."""
-    token = (llama_cpp.llama_token * 1)()
-
-    def run() -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(engine.ctx), True)
-        for token[0] in range(100, 100 + count):
-            if llama_cpp.llama_decode(engine.ctx, llama_cpp.llama_batch_get_one(token, 1)):
-                raise RuntimeError("llama_decode failed")
-        llama_cpp.llama_synchronize(engine.ctx)
-
-    return run
-
-
-def prefill(engine: llama_cpp.Llama, count: int):
-    """Reads a prompt."""
-
-    def run() -> None:
-        engine.reset()
-        engine.eval(range(100, 100 + count))
-
-    return run
-
-
-@contextmanager
-def opened(sources: dict[str, str], outtype: str, threads: int) -> Iterator[list[Model]]:
-    """Every model, exported and in llama.cpp."""
-    with tempfile.TemporaryDirectory() as place:
-        found = []
-        for name, source in sources.items():
-            path = Path(place) / f"{name}.gguf"
-            save_gguf(pk.load(source), load_tokenizer(source), path, outtype)
-            options = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
-            options["flash_attn"] = True  # llama.cpp's own tools choose it by themselves
-            engine = llama_cpp.Llama(str(path), verbose=False, **options)
-            found.append(Model(name, path, engine))
-        yield found
 
 
 def prune_demo(place: Path) -> dict[str, str]:
@@ -155,23 +99,23 @@ def prune_demo(place: Path) -> dict[str, str]:
     return found
 
 
-def speed(models: list[Model], rounds: int, generate: int, prompt: int) -> bool:
+def speed(llama: LlamaCpp, rounds: int, generate: int, prompt: int) -> bool:
     """Print tokens a second of all models in turn; return whether they gain what bytes promise."""
-    fine = True
-    for what, work, count in (("tg", decode, generate), ("pp", prefill, prompt)):
-        seconds = interleave({m.name: work(m.engine, count) for m in models}, rounds, warmup=1)
-        base = seconds[models[0].name]
-        for model in models:
-            mine = seconds[model.name]
-            s = summarise([count / t for t in mine])
-            ratio = median(b / t for b, t in zip(base, mine, strict=True))
-            promised = models[0].bytes / model.bytes
-            told = f"{model.bytes / 1e6:8.1f} MB {s.median:8.1f} ({s.low:.1f} – {s.high:.1f})"
-            print(f"{model.name:12} {what}{count:<4} {told:38} {ratio:6.3f} ×", end="")
-            if what == "tg":
-                print(f"  bytes {promised:.3f} ×, share {ratio / promised:.3f}", end="")
-                fine &= ratio >= FLOOR * promised
-            print(flush=True)
+    fine, cases = True, llama.cases(prompt, generate, [1])
+    taken = interleave({key: run for key, (run, _) in cases.items()}, rounds, warmup=1)
+    bytes_ = {name: read_by_a_token(path) for name, path in llama.files.items()}
+    base = next(iter(bytes_))
+    for (name, test, size), (_, count) in cases.items():
+        mine, first = taken[name, test, size], taken[base, test, size]
+        s = summarise([count / t for t in mine])
+        ratio = median(b / t for b, t in zip(first, mine, strict=True))
+        promised = bytes_[base] / bytes_[name]
+        told = f"{bytes_[name] / 1e6:8.1f} MB {s.median:8.1f} ({s.low:.1f} – {s.high:.1f})"
+        print(f"{name:12} {test:6} {told:38} {ratio:6.3f} ×", end="")
+        if test.startswith("tg"):
+            print(f"  bytes {promised:.3f} ×, share {ratio / promised:.3f}", end="")
+            fine &= ratio >= FLOOR * promised
+        print(flush=True)
     return fine
 
 
@@ -187,7 +131,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--check-only", action="store_true", help="measure no speed")
     options = parser.parse_args()
-    llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+    longest = options.prompt + options.generate
+    torch.set_num_threads(options.threads)  # llama.cpp takes as many
     facts = provenance()
     print(
         f"{facts['device'].rpartition(',')[0]}, {options.threads} threads, {options.outtype}, "
@@ -197,15 +142,18 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as place:
         given = {Path(p).name: p for p in options.pruned or ()} or prune_demo(Path(place))
+        sources = {"dense": options.dense, **given}
+        models = {name: (pk.load(at), load_tokenizer(at)) for name, at in sources.items()}
+        llama = LlamaCpp(models, Path(place), options.outtype, max(1024, longest))
+        del models
         torch.set_num_threads(1)  # no pool of torch's own at work beside llama.cpp's
-        with opened({"dense": options.dense, **given}, options.outtype, options.threads) as models:
-            agreed = [check(model) for model in models]
-            if not all(agreed):
-                raise SystemExit("llama.cpp and transformers part by more than a near-tie")
-            if options.check_only:
-                return
-            if not speed(models, options.rounds, options.generate, options.prompt):
-                raise SystemExit(f"decoding gains less than {FLOOR} of what its bytes promise")
+        agreed = [check(n, path, llama.engines[n]) for n, path in llama.files.items()]
+        if not all(agreed):
+            raise SystemExit("llama.cpp and transformers part by more than a near-tie")
+        if options.check_only:
+            return
+        if not speed(llama, options.rounds, options.generate, options.prompt):
+            raise SystemExit(f"decoding gains less than {FLOOR} of what its bytes promise")
 
 
 if __name__ == "__main__":

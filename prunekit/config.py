@@ -27,6 +27,7 @@ _MULTIPLE = (
     "`prunekit bench --widths` measures"
 )
 ROW_FORMATS = "md", "csv", "jsonl"
+DTYPES = "auto", "bf16", "fp16", "fp32"
 _DTYPE = "bf16, fp16, fp32, or auto: as saved"
 
 
@@ -49,7 +50,7 @@ class CalibrateConfig:
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
-    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
     quiet: bool = option(False, "no progress bar")
 
 
@@ -110,7 +111,7 @@ class PruneConfig:
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
-    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
     dry_run: bool = option(
         False,
         "say what would be kept, predict time, memory and disk, and write nothing; unless --stats, "
@@ -143,7 +144,7 @@ class SearchConfig:
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
-    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
     force: bool = option(False, "replace OUT if it exists")
     quiet: bool = option(False, "no progress bar")
 
@@ -245,7 +246,7 @@ class EvalConfig:
     )
     max_length: int = option(1024, "tokens of a prompt that are read")
     batch_tokens: int = option(1024, "tokens of a batch, padding included")
-    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
     quiet: bool = option(False, "no progress bar")
 
 
@@ -266,6 +267,18 @@ class BenchConfig:
     multiple_of: int = option(64, "with --sparsity: round kept widths to a multiple of this")
     rounds: int = option(7, "how often each test is timed")
     compact: bool = option(False, "run the MLPs through prunekit's CompactMLP")
+    compile: bool = option(False, "run every model through torch.compile, which takes minutes")
+    cuda_graph: bool = option(
+        False, "record what a step makes the GPU do, and play it again; with --compile, its own way"
+    )
+    llamacpp: str = option(
+        "",
+        "llama.cpp takes part in the rounds, with matrices of this type; needs llama-cpp-python",
+        choices=("f32", "f16", "bf16", "q8_0"),
+    )
+    report: str = option(
+        "", "also write a page with the table, plots and provenance", metavar="PAGE.html"
+    )
     widths: bool = option(
         False, "instead: time one of MODEL's MLPs by width, and say what to round widths to"
     )
@@ -280,7 +293,7 @@ class BenchConfig:
     format: str = option(
         "table", "a table for people, or md, csv or jsonl rows", choices=("table", *ROW_FORMATS)
     )
-    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = option("auto", f"{_DTYPE}; several are separated by commas")
 
 
 @dataclass(frozen=True)
@@ -314,7 +327,7 @@ class ExportConfig:
         metavar="{none,lstsq,sequential}",
     )
     multiple_of: int = option(64, "nested: kept widths are rounded to a multiple of this")
-    dtype: str = option("auto", _DTYPE, choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
     force: bool = option(False, "replace OUT if it exists")
     quiet: bool = option(False, "no progress bar")
 

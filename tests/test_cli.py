@@ -352,7 +352,7 @@ def test_bench_prints_a_row_a_model_and_test(capsys, tmp_path, folder):
     result = json.loads(text)
     assert status == 0
     assert len(result["rows"]) == 2 * 2 * 2
-    assert result["models"][str(folder)]["peak_bytes"] > 0
+    assert all(line["peak_bytes"] > 0 for line in result["rows"])
 
 
 BENCH = ("--prompt", 8, "--generate", 2, "--rounds", 1)
@@ -382,6 +382,21 @@ def test_bench_rows_say_their_units(capsys, folder):
     assert (rows[0]["bound"], float(rows[1]["bound"]) > 1) == ("", True)
 
 
+def test_bench_compares_within_each_dtype_and_draws_it(capsys, tmp_path, folder):
+    page = tmp_path / "speed.html"
+    given = ("bench", folder, "--sparsity", "0.5", "--multiple-of", 16, *BENCH)
+    more = ("--dtype", "fp32,bf16", "--format", "jsonl", "--report", page)
+    status, text, _ = run(capsys, *given, *more)
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert status == 0
+    assert [row["dtype"] for row in rows] == ["fp32"] * 4 + ["bf16"] * 4
+    assert [row["bound"] is None for row in rows] == [True, False] * 4
+    assert rows[0]["bytes"] == 2 * rows[4]["bytes"]
+    html = page.read_text()
+    assert html.count("<svg") == 4
+    assert "50% of their weights less can make it" in html
+
+
 @pytest.mark.parametrize("form", ["md", "csv", "jsonl"])
 def test_rows_for_machines(capsys, form):
     given = [{"test": "pp8", "rate": 1.5, "bound": None}, {"test": "tg2", "rate": 2.5, "bound": 3}]
@@ -406,9 +421,15 @@ def test_rows_for_machines(capsys, form):
         (("--save", "a.json", "--check", "b.json"), "save first, check later"),
         (("--check", "none.json", "--max-regression", "0"), "--max-regression: got 0.0"),
         (("--check", "none.json"), "none.json"),
+        (("--save", "a.json", "--report", "a.html"), "--report: not with --save or --check"),
+        (("--dtype", "fp32,fp8"), "--dtype: got 'fp8'; expected some of auto, bf16, fp16, fp32"),
+        (("--dtype", "fp32,bf16", "--widths"), "--save, --check and --widths take one"),
+        (("--llamacpp", "f16"), "--llamacpp: needs llama-cpp-python"),
+        (("--report", "."), ".: is a folder"),
     ],
 )
-def test_bench_refuses(capsys, folder, given, why):
+def test_bench_refuses(capsys, folder, given, why, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     status, _, error = run(capsys, "bench", folder, *given, *BENCH)
     assert status == 2
     assert why in error

@@ -16,6 +16,7 @@ _NAMES = {
     "head": "the output head",
     "rest": "norms, embedding and framework",
 }
+_ALL_BUT_MLPS = "everything but the MLPs"
 _ALIGNED = 32  # neurons; bf16 rows of a multiple begin on cache lines
 
 
@@ -87,10 +88,11 @@ def explain(
     )
     others = [part for part in ("attention", "head", "rest") if getattr(dense, part) > 0]
     largest = max(others, key=lambda part: getattr(dense, part))
+    names = _NAMES | ({"rest": _ALL_BUT_MLPS} if others == ["rest"] else {})
     if measured < 1:
         why += ": pruning did not pay"
     if reached >= REACHED:
-        why += f"; the most that is left is {_NAMES[largest]}"
+        why += f"; the most that is left is {names[largest]}"
     elif short == "mlp":
         expected = pruned.mlp / (dense.mlp * kept) if kept else float("inf")
         why += f"; the pruned MLPs take {expected:.2f} times what their weights should"
@@ -98,7 +100,7 @@ def explain(
             why += f": a width of {unaligned} is no multiple of {_ALIGNED}"
     else:
         slower = getattr(pruned, short) / getattr(dense, short)
-        why += f"; {_NAMES[short]} took {slower:.2f} times as long as in the dense model"
+        why += f"; {names[short]} took {slower:.2f} times as long as in the dense model"
     return Bound(allowed, reached, why)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from prunekit.errors import InputError
 from prunekit.files import read_json, write_json
+from prunekit.integrations.fixed_shapes import EAGER, Way
 from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
 from prunekit.measure.timing import interleave
@@ -78,17 +79,20 @@ def _wait(device: torch.device) -> None:
 
 
 def measured(
-    models: Mapping[str, nn.Module], *, prompt: int, generate: int, batch: Sequence[int]
+    models: Mapping[str, nn.Module],
+    *,
+    prompt: int,
+    generate: int,
+    batch: Sequence[int],
+    way: Way = EAGER,
 ) -> Callable[[int], Ratios]:
     """Return what times so many rounds more of every test, as ratios to the reference.
 
     Args:
-        models, prompt, generate, batch: as for `bench_models`.
+        models, prompt, generate, batch, way: as for `bench_models`.
     """
-    runs = {
-        f"{name} {test} batch {size}": run
-        for (name, test, size), (run, _) in cases_of(models, prompt, generate, batch).items()
-    }
+    cases = cases_of(models, prompt, generate, batch, way)
+    runs = {f"{name} {test} batch {size}": run for (name, test, size), (run, _) in cases.items()}
     device = next(iter(models.values())).device
     references = reference_cases(device)
     warm = False

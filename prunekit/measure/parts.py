@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 from torch import nn
 
 from prunekit.arch import MLPView, find_mlps, holds_attention
+from prunekit.backward import calling_instead
 
 PARTS = ("mlp", "attention", "head", "rest")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one run by part; ``rest`` is what is left: norms, embedding, framework."""
+    """Seconds of one run by part; ``rest`` is what is left: norms, embedding, framework.
+
+    Where nothing but the MLPs was told apart, attention and head are 0 and the rest holds them.
+    """
 
     mlp: float
     attention: float
@@ -127,3 +132,28 @@ def measure_parts(model: nn.Module, run: Callable[[], None], rounds: int = 3) ->
                 whole -= taken[part][-1]
             taken["rest"].append(max(whole, 0.0))
     return Parts(**{part: median(values) for part, values in taken.items()})
+
+
+@contextmanager
+def without_mlps(model: nn.Module) -> Iterator[None]:
+    """Inside, the MLPs compute nothing and give zeros."""
+    with ExitStack() as stack:
+        for module in _mlp_modules(find_mlps(model, verify=False)):
+            outputs = getattr(module, "out_features", None)
+            stack.enter_context(calling_instead(module, partial(_nothing, outputs)))
+        yield
+
+
+def _nothing(outputs: int | None, x: torch.Tensor, *_) -> torch.Tensor:
+    return x.new_zeros(*x.shape[:-1], outputs or x.shape[-1])
+
+
+def parts_by_leaving_out(whole: Sequence[float], without: Sequence[float]) -> Parts:
+    """A run's parts where no hook can look inside, as in a compiled one.
+
+    Args:
+        whole, without: seconds of the run with its MLPs and `without_mlps`, round by round.
+    """
+    rest = median(without)
+    mlp = median(w - o for w, o in zip(whole, without, strict=True))
+    return Parts(mlp=max(mlp, 0.0), attention=0.0, head=0.0, rest=rest)

@@ -45,6 +45,20 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def _settings() -> dict[str, str]:
+    """What the system says of clocks and the GPU's driver, where it may be read."""
+    cpu, gpu = Path("/sys/devices/system/cpu/cpu0/cpufreq"), Path("/proc/driver/nvidia/version")
+    found = {}
+    try:
+        if (cpu / "scaling_governor").is_file():
+            found["governor"] = (cpu / "scaling_governor").read_text().strip()
+        if gpu.is_file():
+            found["driver"] = gpu.read_text().splitlines()[0].strip()
+    except OSError:
+        pass
+    return found
+
+
 def _revision() -> dict[str, Any]:
     """The source tree's revision, where prunekit runs from one."""
     folder = Path(__file__).resolve().parents[2]
@@ -61,12 +75,13 @@ def _revision() -> dict[str, Any]:
 
 
 def provenance(**more: Any) -> dict[str, Any]:
-    """Facts that belong beside every result: device, threads, versions, revision, command."""
+    """Facts that belong beside every result: device and driver, versions, revision, command."""
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "cpu_isa": cpu_isa(),
         "system": f"{platform.system()} {platform.release()}",
+        **_settings(),
         "versions": versions(),
         **_revision(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

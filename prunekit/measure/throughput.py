@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import cache_keyword
+from prunekit.integrations.fixed_shapes import EAGER, FixedShapes, Way
 
 
 def _synchronise(model: nn.Module) -> None:
@@ -22,9 +23,18 @@ def _tokens(model: nn.Module, batch: int, length: int) -> torch.Tensor:
     return ids.to(model.device)
 
 
-def prefill_case(model: nn.Module, batch: int, prompt: int) -> Callable[[], None]:
+def prefill_case(model: nn.Module, batch: int, prompt: int, way: Way = EAGER) -> Callable[[], None]:
     """A function that reads ``batch`` prompts of ``prompt`` tokens and predicts one token each."""
     ids = _tokens(model, batch, prompt)
+    if way.fixed:
+        step = FixedShapes(model, prompt, way)
+
+        def run_fixed() -> None:
+            step(ids)
+            _synchronise(model)
+            step.forget(prompt)
+
+        return run_fixed
 
     @torch.inference_mode()
     def run() -> None:
@@ -34,11 +44,25 @@ def prefill_case(model: nn.Module, batch: int, prompt: int) -> Callable[[], None
     return run
 
 
-def decode_case(model: nn.Module, batch: int, prompt: int, generate: int) -> Callable[[], None]:
+def decode_case(
+    model: nn.Module, batch: int, prompt: int, generate: int, way: Way = EAGER
+) -> Callable[[], None]:
     """A function that decodes ``generate`` tokens greedily after a prompt that is already read.
 
     No token ends it early, so every run does the same work.
     """
+    if way.fixed:
+        step = FixedShapes(model, prompt + generate, way)
+        first = step.read(_tokens(model, batch, prompt))
+
+        def run_fixed() -> None:
+            token = first
+            for _ in range(generate):
+                token = step(token)
+            _synchronise(model)
+            step.forget(generate)
+
+        return run_fixed
     with torch.inference_mode():
         out = model(input_ids=_tokens(model, batch, prompt), use_cache=True, logits_to_keep=1)
     name = cache_keyword(model)

@@ -1,0 +1,58 @@
+"""`prunekit bench --save` and `--check`: a baseline, and what became slower than it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from torch import nn
+
+from prunekit.cli.output import Output
+from prunekit.config import BenchConfig
+from prunekit.errors import CheckError, InputError
+from prunekit.integrations.fixed_shapes import Way
+from prunekit.measure import gate
+
+
+def check_gate(config: BenchConfig) -> None:
+    """Raise InputError where the options of --save and --check make no sense."""
+    if config.save and config.check:
+        raise InputError("--save: not together with --check; save first, check later")
+    if config.max_regression <= 0:
+        raise InputError(f"--max-regression: got {config.max_regression}; expected 0.05, say")
+    for name in ("llamacpp", "report"):
+        if getattr(config, name):
+            raise InputError(f"--{name}: not with --save or --check, which hold models to a ratio")
+
+
+def run(
+    config: BenchConfig,
+    models: Mapping[str, nn.Module],
+    batch: Sequence[int],
+    way: Way,
+    output: Output,
+) -> int:
+    """Write a baseline, or hold the models against one."""
+    sizes = {"prompt": config.prompt, "generate": config.generate, "batch": list(batch)}
+    options = sizes | {"compact": config.compact, "engine": str(way), "models": list(models)}
+    more = gate.measured(models, way=way, **sizes)
+    if config.save:
+        ratios = more(max(config.rounds, gate.ROUNDS))
+        gate.save_baseline(config.save, ratios, options)
+        output.line(f"{config.save}: {len(ratios)} tests, times over a reference of plain torch")
+        output.json({"baseline": config.save, "ratios": ratios})
+        return 0
+    before = gate.read_baseline(config.check, options)
+    found = gate.decide(before, more, config.max_regression, config.time_limit)
+    table = [
+        (v.test, f"{v.change:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", v.verdict) for v in found
+    ]
+    output.table(f"time against {config.check}", ("test", "change", "95 %", "verdict"), table)
+    slower = [v.test for v in found if v.verdict == gate.REGRESSED]
+    undecided = [v.test for v in found if v.verdict == gate.UNDECIDED]
+    if undecided:
+        output.note(f"not decided in {config.time_limit:.0f} s: {', '.join(undecided)}")
+    output.json({"verdicts": [asdict(v) for v in found]})
+    if slower:
+        raise CheckError(f"slower by more than {config.max_regression:.0%}: {', '.join(slower)}")
+    return 0
