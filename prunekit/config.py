@@ -264,6 +264,9 @@ class BenchConfig:
         "prune MODEL, which is then the dense one, on the spot to these, separated by commas",
         metavar="S,S",
     )
+    neurons: str = option(
+        "", "as --sparsity, by how many neurons of an MLP stay: 1024,1021, say", metavar="N,N"
+    )
     multiple_of: int = option(64, "with --sparsity: round kept widths to a multiple of this")
     rounds: int = option(7, "how often each test is timed")
     compact: bool = option(False, "run the MLPs through prunekit's CompactMLP")

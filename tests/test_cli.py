@@ -384,7 +384,7 @@ def test_bench_rows_say_their_units(capsys, folder):
 
 def test_bench_compares_within_each_dtype_and_draws_it(capsys, tmp_path, folder):
     page = tmp_path / "speed.html"
-    given = ("bench", folder, "--sparsity", "0.5", "--multiple-of", 16, *BENCH)
+    given = ("bench", folder, "--neurons", "48", *BENCH)
     more = ("--dtype", "fp32,bf16", "--format", "jsonl", "--report", page)
     status, text, _ = run(capsys, *given, *more)
     rows = [json.loads(line) for line in text.splitlines()]
@@ -417,6 +417,8 @@ def test_rows_for_machines(capsys, form):
         (("--sparsity", "half"), "--sparsity: got 'half'; expected numbers such as 0.2,0.5"),
         (("--sparsity", "0.5", "--baseline", "x"), "leave --baseline out"),
         (("--sparsity", "1.5"), "sparsity: got 1.5"),
+        (("--neurons", "97"), "--neurons: got 97; expected 1 to 96"),
+        (("--neurons", "many"), "--neurons: got 'many'; expected numbers such as"),
         (("--batch", "a"), "--batch: got 'a'; expected numbers such as 1,8"),
         (("--save", "a.json", "--check", "b.json"), "save first, check later"),
         (("--check", "none.json", "--max-regression", "0"), "--max-regression: got 0.0"),
@@ -439,7 +441,7 @@ def test_the_gate_passes_what_it_saved_and_fails_what_is_far_slower(capsys, tmp_
     path = tmp_path / "baseline.json"
     status, text, _ = run(capsys, "bench", folder, *BENCH, "--save", path)
     assert status == 0
-    assert f"{path}: 2 tests" in text
+    assert f"{path}: 4 tests" in text
     check = ("bench", folder, *BENCH, "--check", path, "--time-limit", 1)
     status, text, _ = run(capsys, *check, "--max-regression", 9, "--json")
     assert status == 0
@@ -449,7 +451,7 @@ def test_the_gate_passes_what_it_saved_and_fails_what_is_far_slower(capsys, tmp_
     path.write_text(json.dumps(saved))
     status, text, error = run(capsys, *check)
     assert status == 1
-    assert text.count("regressed") == 2
+    assert text.count("regressed") == 4
     assert "slower by more than 5%:" in error
 
 

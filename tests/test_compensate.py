@@ -8,9 +8,11 @@ import torch
 import prunekit as pk
 from prunekit import ops
 from prunekit.arch import find_mlps
+from prunekit.backward import calling_instead
 from prunekit.compensate import RIDGE, importance, repair, sequential
 from prunekit.compensate.regression import FLOOR, Regression
 from prunekit.compensate.sequential import _groups, _Layer
+from prunekit.compensate.streams import Narrowed
 from prunekit.errors import InputError
 from prunekit.stats import NeuronSums
 from tests.models import logits, tiny_model
@@ -121,6 +123,28 @@ def test_sequential_leaves_the_dense_model_bit_for_bit(name, dtype, tokenizer, t
     after = dict(model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.dtype == dtype and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "phi3", "phi", "opt", "gpt2"])
+def test_a_narrowed_mlp_computes_the_neurons_that_stay(name):
+    """But for GPT-2, whose projections know their width otherwise: they stay whole."""
+    model = tiny_model(name)
+    view = find_mlps(model)[0]
+    kept = torch.tensor([0, 3, 4, 40, 95])
+    seen = []
+    handle = view.down_owner.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    ids = torch.arange(3, 9)[None]
+    model(ids)
+    with Narrowed(view, kept), calling_instead(view.down_owner, lambda h: h.new_zeros(1, 6, 32)):
+        model(ids)
+    handle.remove()
+    whole, narrow = seen
+    if name == "gpt2":
+        assert torch.equal(narrow, whole)
+    else:
+        torch.testing.assert_close(narrow, whole[..., kept])
+    assert view.width == 96
+    assert torch.equal(model(ids).logits, tiny_model(name)(ids).logits)
 
 
 def test_sequential_solves_the_second_layer_on_the_pruned_first(llama, tokenizer, texts):

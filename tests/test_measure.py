@@ -5,7 +5,14 @@ import torch
 
 import prunekit as pk
 from prunekit.errors import InputError
-from prunekit.measure import interleave, model_bytes, parameter_count, peak_memory, summarise
+from prunekit.measure import (
+    interleave,
+    model_bytes,
+    parameter_count,
+    peak_memory,
+    summarise,
+    timing,
+)
 from prunekit.measure.comparison import bench_models
 from prunekit.measure.provenance import provenance
 from tests.models import tiny_model
@@ -18,6 +25,17 @@ def test_rounds_visit_every_case_in_turn():
     assert calls == ["a", "b"] * 4
     assert [len(s) for s in seconds.values()] == [3, 3]
     assert all(s >= 0 for many in seconds.values() for s in many)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"),
+    [([9, 4, 4], 3), ([4, 4], 2), ([4, 9], 2), ([9, 8, 7], 3)],
+)
+def test_warming_up_ends_when_nothing_gets_faster(monkeypatch, seconds, rounds):
+    now, taken = [0.0], iter(seconds)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert timing.warm_up({"case": lambda: now.append(now.pop() + next(taken))}) == rounds
+    assert list(taken) == []
 
 
 def test_summary_is_median_and_quartiles():

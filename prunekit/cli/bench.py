@@ -16,7 +16,7 @@ from prunekit.cli.output import Output
 from prunekit.compact import compact_modules, prune
 from prunekit.config import DTYPES, BenchConfig
 from prunekit.errors import InputError
-from prunekit.experiment.twin import plan_of_widths, twin
+from prunekit.experiment.twin import plan_of_neurons, plan_of_widths, twin
 from prunekit.files import check_output_file
 from prunekit.integrations.fixed_shapes import Way
 from prunekit.integrations.llamacpp import LlamaCpp, check_llamacpp
@@ -138,19 +138,22 @@ def _drop_in(models: dict[str, nn.Module], config: BenchConfig) -> dict[str, nn.
 
 def _models(config: BenchConfig, dtype: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The models by name, the dense one first, and where those that were loaded lie."""
-    if not config.sparsity:
+    if not config.sparsity and not config.neurons:
         names = [name for name in (config.baseline, config.model) if name]
         return {n: load(n, dtype=dtype) for n in names}, {n: n for n in names}
     if config.baseline:
-        raise InputError("--sparsity: MODEL is then the dense one; leave --baseline out")
-    sparsities = _numbers("--sparsity", config.sparsity, float)
+        raise InputError("--sparsity, --neurons: MODEL is the dense one; leave --baseline out")
+    sparsities = _numbers("--sparsity", config.sparsity, float) if config.sparsity else []
+    counts = _numbers("--neurons", config.neurons, int) if config.neurons else []
     dense = load(config.model, dtype=dtype)
-    models = {config.model: dense}
+    plans = {}
     for sparsity in sparsities:
         chosen = plan_of_widths(dense, sparsity, config.multiple_of)
-        name = f"{config.model} at {chosen.sparsity:.1%}"
-        models[name] = prune(twin(dense), chosen, compensate="none")
-    return models, {config.model: config.model}
+        plans[f"{config.model} at {chosen.sparsity:.1%}"] = chosen
+    for count in counts:
+        plans[f"{config.model}, {count} neurons"] = plan_of_neurons(dense, count)
+    models = {n: prune(twin(dense), chosen, compensate="none") for n, chosen in plans.items()}
+    return {config.model: dense, **models}, {config.model: config.model}
 
 
 def _numbers(name: str, text: str, kind: type) -> list[Any]:

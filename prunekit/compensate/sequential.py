@@ -22,7 +22,14 @@ from prunekit.compensate.base import Heard, Repair, check_prompts
 from prunekit.compensate.importance import token_weights
 from prunekit.compensate.lstsq import lstsq
 from prunekit.compensate.regression import Regression
-from prunekit.compensate.streams import Calls, in_fp32, logits_after, record_calls, watched
+from prunekit.compensate.streams import (
+    Calls,
+    Narrowed,
+    in_fp32,
+    logits_after,
+    record_calls,
+    watched,
+)
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
@@ -67,9 +74,10 @@ def sequential(
         InputError: the statistics hold no prompts, or weights are offloaded or quantised.
 
     Cost:
-        Two forwards of the decoder, the second without down projections, and a backward where the
-        statistics hold no gradients; T·F'² + 6·T·D·F' FLOP an MLP and the solution's own. 8·T·D
-        bytes of hidden states, T·F' of activations in the weights' precision, two layers in fp32.
+        Two forwards of the decoder, the second without down projections and, where gate and up are
+        plain Linears, for the neurons that stay; a backward where the statistics hold no gradients;
+        T·F'² + 6·T·D·F' FLOP an MLP and the solution's own. 8·T·D bytes of hidden states, T·F' of
+        activations in the weights' precision, two layers in fp32.
         Where it is heard, the lm_head's 2·T·V·D FLOP.
 
     Source:
@@ -209,6 +217,7 @@ class _Layer:
             down, bias = self.view.down[:, self.kept], self.view.down_bias
             device = down.device
             problem = Regression(*down.shape, device, intercept=bias is not None)
+            narrowed = Narrowed(self.view, self.kept) if adds else nullcontext()
             for b, call in enumerate(self.calls):
                 rows = call.counted
                 out = call.run(self.layer, self.number, dense[b])
@@ -216,9 +225,11 @@ class _Layer:
                 if blend:
                     aim = aim + blend * (_rows(out, rows) - aim)
                 dense[b] = out
-                with self._silent() if adds else nullcontext():
+                with narrowed, self._silent() if adds else nullcontext():
                     out = call.run(self.layer, self.number, pruned[b])
-                h = seen["h"][:, self.kept]
+                h = seen["h"]
+                if h.shape[1] != self.kept.numel():
+                    h = h[:, self.kept]
                 if adds:
                     pruned[b] = out
                     aim = aim - blend * _rows(pruned[b], rows)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.arch import decoder_of
+from prunekit.arch import MLPView, Slot, decoder_of
 from prunekit.backward import calling_instead
 from prunekit.batching import Batch
+from prunekit.nn import is_bare
 from prunekit.ops.gram import bf16_products
 
 
@@ -157,3 +158,39 @@ def watched(down: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+class Narrowed:
+    """Inside, the gate and up projections compute the neurons that stay, and no others.
+
+    Where they are more than bare Linears, which may know their width otherwise, they stay whole.
+
+    Args:
+        view: of an MLP whose weights stay as they are while this is used.
+        kept: [F'], int64, its neurons.
+    """
+
+    def __init__(self, view: MLPView, kept: torch.Tensor):
+        shared: dict[int, list[Slot]] = {}  # a fused matrix holds both
+        for role, slot in view.slots.items():
+            if role.startswith(("gate", "up")):
+                shared.setdefault(id(slot.parameter), []).append(slot)
+        self._narrow: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._whole: list[torch.Tensor] = []
+        for slots in shared.values():
+            parameter = slots[0].parameter
+            bare = all(is_bare(slot.owner) and slot.axis == 0 for slot in slots)
+            if not bare or len(slots) * view.width != parameter.shape[0]:
+                self._narrow.clear()
+                return
+            rows = torch.cat([slot.start + kept for slot in sorted(slots, key=lambda s: s.start)])
+            self._narrow.append((parameter, parameter.detach()[rows.to(parameter.device)]))
+
+    def __enter__(self) -> None:
+        self._whole = [parameter.data for parameter, _ in self._narrow]
+        for parameter, narrow in self._narrow:
+            parameter.data = narrow
+
+    def __exit__(self, *_: object) -> None:
+        for (parameter, _), whole in zip(self._narrow, self._whole, strict=True):
+            parameter.data = whole

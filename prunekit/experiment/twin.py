@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import find_mlps
+from prunekit.errors import InputError
 from prunekit.plan import PrunePlan, plan
 
 
@@ -24,3 +25,15 @@ def plan_of_widths(model: nn.Module, sparsity: float, multiple_of: int) -> Prune
     """A plan that keeps the first neurons, for what depends on the widths alone: speed, memory."""
     zeros = [torch.zeros(view.width) for view in find_mlps(model, verify=False)]
     return plan(zeros, sparsity, multiple_of=multiple_of)
+
+
+def plan_of_neurons(model: nn.Module, count: int) -> PrunePlan:
+    """As `plan_of_widths`, with so many neurons left in every MLP.
+
+    Raises:
+        InputError: there are no so many.
+    """
+    dense = tuple(view.width for view in find_mlps(model, verify=False))
+    if not 0 < count <= min(dense):
+        raise InputError(f"--neurons: got {count}; expected 1 to {min(dense)}")
+    return PrunePlan((torch.arange(count, dtype=torch.int32),) * len(dense), dense)

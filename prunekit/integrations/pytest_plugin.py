@@ -73,13 +73,14 @@ def prunekit_benchmark(benchmark, request: pytest.FixtureRequest) -> Callable[..
         case = next(run for (_, found, _), (run, _) in cases.items() if found.startswith(test))
         reference = gate.reference_cases(model.device)[test]
         options = {"test": test, "prompt": prompt, "generate": generate, "batch": batch}
+        saves = config.getoption("--prunekit-save")
+        before = [] if saves or benchmark.disabled else _read(path, name, options)
         ratios = _first_rounds(benchmark, case, reference)
         if not ratios:
             return None  # --benchmark-disable: it ran once, and nothing was timed
-        if config.getoption("--prunekit-save"):
+        if saves:
             _save(path, name, ratios, options)
             return None
-        before = _read(path, name, options)
         rounds = iter([ratios])  # those that were timed already come first
 
         def more(count: int) -> gate.Ratios:

@@ -18,7 +18,7 @@ from prunekit.measure.memory import model_bytes, parameter_count
 from prunekit.measure.parts import Parts, measure_parts, parts_by_leaving_out, without_mlps
 from prunekit.measure.provenance import provenance
 from prunekit.measure.throughput import decode_case, prefill_case
-from prunekit.measure.timing import confidence, interleave, summarise
+from prunekit.measure.timing import confidence, interleave, summarise, warm_up
 
 Cases = dict[tuple[str, str, int], tuple[Callable[[], None], int]]
 
@@ -126,7 +126,7 @@ def bench_models(
         prompt: tokens of the prefill, and of the context that decoding starts from.
         generate: tokens decoded.
         batch: batch sizes.
-        rounds: how often each is timed, after one warm-up.
+        rounds: how often each is timed, after a `warm_up`.
         explain: profile every test too, for the bounds, and read its energy where that is counted.
         way: as transformers runs it, compiled, or as a CUDA graph.
         peers: engines that take part in the rounds, each against its own first model.
@@ -135,9 +135,9 @@ def bench_models(
         InputError: no model, a size below 1, or this machine cannot run it that way.
 
     Cost:
-        rounds + 1 prefills and decodes a model and batch size. To explain three more, or, compiled
-        or captured, as many of the dense model without its MLPs; and a second of each where energy
-        is counted.
+        rounds + 3 prefills and decodes a model and batch size, at most. To explain three more, or,
+        compiled or captured, as many of the dense model without its MLPs; and a second of each
+        where energy is counted.
     """
     if rounds < 1:
         raise InputError(f"bench: got rounds {rounds}; expected at least 1")
@@ -154,7 +154,8 @@ def bench_models(
         only = {baseline: models[baseline]}
         for (_, test, size), (run, _) in cases_of(only, prompt, generate, batch, way).items():
             runs[test, size] = _without_mlps(models[baseline], run)
-    seconds = interleave(runs, rounds, warmup=1)
+    warm_up(runs)
+    seconds = interleave(runs, rounds, warmup=0)
     rows = []
     for (label, name, test, size), (_, tokens) in found.items():
         mine, dense = seconds[label, name, test, size], seconds[label, baseline, test, size]

@@ -9,6 +9,7 @@ head's, T tokens in prompts of S, T' of them in completions, b bytes a weight. F
                  + T·D²                       an MLP
     score        5/3·F³ + D·F² + 10·D³        an MLP, in fp64: inverse, elimination, root
     repair       4·T·P - 2·T·D·F              in fp32 that multiplies as the weights' dtype
+                 - 2·T·D·(F - F')             for the gate and for the up projection
                  + T·F'² + 6·T·D·F'           an MLP
                  + 6·(F'³/3 + 2·D·F'²)        an MLP, in fp64: five ridges and the best once more
     rehearsal    as the repair                each of two, for budget
@@ -274,9 +275,10 @@ def _solve(shape: Shape, kept: int, fits: int) -> float:
 
 def _sequential(shape, rates, work: Work, widths: Sequence[int], base: float) -> Phase:
     d, tokens = shape.hidden, work.tokens
+    into = (shape.matrices - 1) * d  # of the gate and up projections a neuron
     products = 4 * tokens * shape.decoder
     products += sum(
-        part * tokens * (kept**2 + 6 * d * kept - 2 * d * width)
+        part * tokens * (kept**2 + 6 * d * kept - 2 * d * width - 2 * into * (width - kept))
         for (width, part), kept in zip(shape.mlps, widths, strict=True)
     )
     solves = sum(_solve(shape, kept, 6) for kept in widths)

@@ -22,10 +22,12 @@ from prunekit.files import read_json, write_json
 from prunekit.integrations.fixed_shapes import EAGER, Way
 from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
-from prunekit.measure.timing import interleave
+from prunekit.measure.throughput import mlps_case
+from prunekit.measure.timing import interleave, warm_up
 
-KIND, SCHEMA = "prunekit bench baseline", 1
+KIND, SCHEMA = "prunekit bench baseline", 2
 ROUNDS = 11  # of a baseline, and before the first decision: fewer give no interval of 99.9 %
+MLP_PASSES = 8  # of MLPs alone, a token each: one is too short to be timed
 ALARM, CALM = 0.999, 0.95  # how sure an interval has to be to raise an alarm, and to raise none
 OK, REGRESSED, UNDECIDED = "ok", "regressed", "undecided"
 
@@ -88,19 +90,30 @@ def measured(
 ) -> Callable[[int], Ratios]:
     """Return what times so many rounds more of every test, as ratios to the reference.
 
+    Beside every prefill and decode stand the model's MLPs alone, on as many tokens: what becomes
+    slower there is a part of the whole, and might be too small a part of it to be seen.
+
     Args:
-        models, prompt, generate, batch, way: as for `bench_models`.
+        models, prompt, generate, batch, way: as for `bench_models`; MLPs alone always run eagerly.
     """
     cases = cases_of(models, prompt, generate, batch, way)
     runs = {f"{name} {test} batch {size}": run for (name, test, size), (run, _) in cases.items()}
+    for size in batch:
+        for name, model in models.items():
+            many = mlps_case(model, size, prompt, 1), mlps_case(model, size, 1, MLP_PASSES)
+            for test, run in zip((f"pp{prompt}", f"tg{MLP_PASSES}"), many, strict=True):
+                if run is not None:
+                    runs[f"{name} MLPs {test} batch {size}"] = run
     device = next(iter(models.values())).device
     references = reference_cases(device)
     warm = False
 
     def more(rounds: int) -> Ratios:
         nonlocal warm
-        taken = interleave({**references, **runs}, rounds, warmup=0 if warm else 1)
+        if not warm:
+            warm_up({**references, **runs})
         warm = True
+        taken = interleave({**references, **runs}, rounds, warmup=0)
         return {
             test: [t / r for t, r in zip(taken[test], taken[test.split()[-3][:2]], strict=True)]
             for test in runs

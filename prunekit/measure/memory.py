@@ -45,7 +45,8 @@ def peak_memory(
 
     Returns:
         {"peak_bytes": what the model and its run added at their peak, "total_bytes": the process's
-        peak, "kind": "allocated" (CUDA's allocator) or "rss" (resident memory)}.
+        peak, "kind": "allocated" (CUDA's allocator; "total_bytes" is then what it reserved) or
+        "rss" (resident memory)}.
 
     Raises:
         InputError: the child could not load or run the model.
@@ -70,7 +71,8 @@ def _child(options: dict[str, Any]) -> dict[str, Any]:
     decode_case(model, 1, options["prompt"], options["generate"])()
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-        return {"peak_bytes": peak, "total_bytes": peak, "kind": "allocated"}
+        reserved = torch.cuda.max_memory_reserved()
+        return {"peak_bytes": peak, "total_bytes": reserved, "kind": "allocated"}
     return {"peak_bytes": peak_rss() - before, "total_bytes": peak_rss(), "kind": "rss"}
 
 

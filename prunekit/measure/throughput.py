@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from prunekit.arch import cache_keyword
+from prunekit.arch import cache_keyword, find_mlps, holds_attention
 from prunekit.integrations.fixed_shapes import EAGER, FixedShapes, Way
 
 
@@ -77,5 +77,28 @@ def decode_case(
             token = step.logits[:, -1:].argmax(-1)
         _synchronise(model)
         cache.crop(-generate)  # negative: so many tokens fewer
+
+    return run
+
+
+def mlps_case(model: nn.Module, batch: int, tokens: int, times: int) -> Callable[[], None] | None:
+    """A function that runs every MLP on [batch, tokens, D] so many times; None where none is alone.
+
+    Experts wait for a router, and MLPs that share a module with attention cannot be called.
+    """
+    views = find_mlps(model, verify=False)
+    modules = [v.module for v in views if v.kind != "experts" and not holds_attention(v.module)]
+    if not modules:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, tokens, views[0].down.shape[0], generator=generator)
+    x = x.to(model.device, views[0].down.dtype)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(times):
+            for module in modules:
+                module(x)
+        _synchronise(model)
 
     return run

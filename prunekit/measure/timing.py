@@ -62,3 +62,22 @@ def interleave(
             if round_ >= warmup:
                 seconds[name].append(taken)
     return seconds
+
+
+def warm_up(cases: Mapping[Hashable, Callable[[], object]], most: int = 3) -> int:
+    """Run rounds that do not count until none gains more than 5 % on the one before.
+
+    Args:
+        cases: as for `interleave`.
+        most: rounds; a machine that is never steady would go on for ever.
+
+    Returns:
+        How many rounds that took, two at least.
+    """
+    before = interleave(cases, 1, warmup=0)
+    for done in range(2, most + 1):
+        now = interleave(cases, 1, warmup=0)
+        if all(now[name][0] >= 0.95 * before[name][0] for name in cases):
+            return done
+        before = now
+    return most
