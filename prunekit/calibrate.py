@@ -21,6 +21,7 @@ from prunekit.observe import observed
 from prunekit.ops.activations import ACTIVATIONS
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
+from prunekit.ranks import share
 from prunekit.stats import NeuronStats, NeuronSums
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,9 @@ def calibrate(
 ) -> NeuronStats:
     """Gather the statistics that every criterion, strategy and sparsity is computed from.
 
+    In the processes of `prunekit.ranks.meeting` each runs its share of the batches, which are those
+    of one process, and all return the same.
+
     Args:
         model: a transformers causal language model.
         tokenizer: its tokenizer.
@@ -191,6 +195,8 @@ def calibrate(
                     squares[name] = found
             else:
                 _run(model, prompts, recorder, batch_tokens, label, quiet)
+            for sums in recorder.sums:
+                sums.add_up_ranks()
             _check_finite(views, name, recorder.sums)
             if backwards:
                 check_gradients(views, recorder.sums)
@@ -217,10 +223,11 @@ def calibrate(
 
 
 def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:
-    total = sum(len(p.ids) for p in prompts)
+    groups = share(list(batches(prompts, batch_tokens)))
+    total = sum(batch.tokens for batch in groups)
     taps = observed(recorder.views, recorder, recorder.mlp)
     with taps, progress_bar(total, label, "tok", quiet=quiet) as bar:
-        for batch in batches(prompts, batch_tokens):
+        for batch in groups:
             recorder.begin(batch)
             forward_decoder(model, batch)
             bar.update(batch.tokens)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from prunekit import ops
+from prunekit import ops, ranks
 from prunekit.arch import MLPView, Slot
 from prunekit.backward import loss_backward, padded, training_only
 from prunekit.batching import Batch, Tokens, batches
@@ -90,12 +90,21 @@ def _run(
 ) -> list[torch.Tensor | None]:
     if not any(max(p.scored, 1) < len(p.ids) for p in prompts):
         prompts = [replace(p, scored=0) for p in prompts]
-    total = sum(len(p.ids) for p in prompts)
     groups = [
         replace(batch, ids=padded(batch))
-        for batch in batches(prompts, 1 if taylor else BATCH_TOKENS)
+        for batch in ranks.share(list(batches(prompts, 1 if taylor else BATCH_TOKENS)))
     ]
     outputs = _Outputs(views, sums, prompts)
+    if groups:
+        _run_groups(model, views, groups, sums, outputs, taylor, begin, label, quiet)
+    ranks.add_up_(outputs.squares)
+    return outputs.squares
+
+
+def _run_groups(
+    model, views, groups: list[Batch], sums, outputs: _Outputs, taylor: bool, begin, label, quiet
+) -> None:
+    total = sum(batch.tokens for batch in groups)
     with ExitStack() as stack:
         weights = _weights_reduced(model, views, sums) if taylor else training_only(model)
         stack.enter_context(weights)
@@ -110,7 +119,6 @@ def _run(
                 begin(batch)
             backward(batch)
             bar.update(batch.tokens)
-    return outputs.squares
 
 
 def check_gradients(views: list[MLPView], sums: list[NeuronSums]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prunekit import files, ops
+from prunekit import files, ops, ranks
 from prunekit.arch import MLPView, fingerprint
 from prunekit.batching import Tokens
 from prunekit.errors import InputError
@@ -117,6 +117,13 @@ class NeuronSums:
         self.token_sum += token_stats[TOKEN_SUM]
         self.active += token_stats[TOKEN_ACTIVE]
         torch.maximum(self.max_abs, token_stats[TOKEN_MAX_ABS], out=self.max_abs)
+
+    def add_up_ranks(self) -> None:
+        """Make these the statistics of what all processes of the run saw, in place."""
+        counts = torch.tensor([self.prompts, self.tokens], dtype=torch.float64)
+        ranks.add_up_([counts, *(getattr(self, name) for name in (*_SUMS, *_OPTIONAL))])
+        ranks.largest_(self.max_abs)
+        self.prompts, self.tokens = (int(count) for count in counts)
 
     def merge(self, other: NeuronSums) -> NeuronSums:
         """The statistics of both sets of prompts together; what one of them lacks is None."""

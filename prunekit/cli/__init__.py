@@ -12,6 +12,7 @@ from prunekit.cli.output import Output
 from prunekit.cli.parser import Parser, add_options, to_config
 from prunekit.errors import CheckError, InputError
 from prunekit.ops.registry import BackendError, check_forced
+from prunekit.ranks import started
 
 VERBS = (
     "demo",
@@ -28,6 +29,8 @@ VERBS = (
     "diff",
     "env",
 )
+
+SHARED = "calibrate", "recover"  # whose work the processes of torchrun share
 
 _INTRO = """prunekit removes the MLP neurons that a task does not need, repairs what the
 removal broke, and proves what it won.
@@ -79,6 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Output(as_json=namespace.json)
     try:
         check_forced()
+        if started() > 1 and namespace.verb not in SHARED:
+            raise InputError(
+                f"torchrun started {started()} processes; {' and '.join(SHARED)} share their work, "
+                "this would do it as often"
+            )
         return namespace.module.run(to_config(namespace, namespace.module.CONFIG), output)
     except (InputError, BackendError) as error:
         print(f"prunekit {namespace.verb}: {error}", file=sys.stderr)

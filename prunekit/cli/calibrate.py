@@ -9,17 +9,19 @@ from prunekit.config import CalibrateConfig
 from prunekit.errors import InputError
 from prunekit.files import check_output_file
 from prunekit.integrations.loading import load, load_tokenizer
+from prunekit.ranks import meeting
 from prunekit.stats import NeuronStats
 
 CONFIG = CalibrateConfig
 EXAMPLES = """  prunekit calibrate demo --target task.jsonl --gram -o task.stats
   prunekit calibrate Qwen/Qwen2.5-Math-1.5B-Instruct --target gsm8k.jsonl \\
       --distractor squad.jsonl --distractor chat.jsonl -o math.stats
-  prunekit prune demo --stats task.stats --sparsity 0.2 -o small"""
+  prunekit prune demo --stats task.stats --sparsity 0.2 -o small
+  torchrun --nproc-per-node 4 -m prunekit calibrate large --target task.jsonl -o large.stats"""
 
 
 def run(config: CalibrateConfig, output: Output) -> int:
-    """Calibrate, save, and say what was seen."""
+    """Calibrate, save, and say what was seen; under torchrun, each process its share."""
     if not config.target or not config.output:
         raise InputError("needs --target FILE and -o STATS; see `prunekit calibrate --help`")
     if config.off_task and not config.distractor:
@@ -28,20 +30,23 @@ def run(config: CalibrateConfig, output: Output) -> int:
     tokenizer = load_tokenizer(config.model)
     target = joined(corpora(config.target, tokenizer, config.limit))
     distractors = corpora(config.distractor, tokenizer, config.limit)
-    model = load(config.model, dtype=config.dtype)
-    stats = calibrate(
-        model,
-        tokenizer,
-        target,
-        distractors,
-        gram=config.gram,
-        gradients=config.gradients,
-        taylor=config.taylor,
-        off_task=config.off_task,
-        max_length=config.max_length,
-        batch_tokens=config.batch_tokens,
-        quiet=config.quiet,
-    )
+    with meeting() as rank:
+        model = load(config.model, dtype=config.dtype)
+        stats = calibrate(
+            model,
+            tokenizer,
+            target,
+            distractors,
+            gram=config.gram,
+            gradients=config.gradients,
+            taylor=config.taylor,
+            off_task=config.off_task,
+            max_length=config.max_length,
+            batch_tokens=config.batch_tokens,
+            quiet=config.quiet or rank > 0,
+        )
+        if rank > 0:
+            return 0
     stats.save(config.output)
     describe_stats(stats, output)
     output.line(f"saved {config.output}")

@@ -1,0 +1,106 @@
+"""Processes that torchrun starts share a calibration, and find what one process finds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import prunekit as pk
+from prunekit.stats import NeuronStats
+from tests.models import tiny_model
+
+pytestmark = pytest.mark.skipif("not torch.distributed.is_available()", reason="no distribution")
+OPTIONS = ("--gram", "--gradients", "--taylor", "--batch-tokens", "40", "--quiet")
+
+
+def torchrun(count, *arguments):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", count, "-m", "prunekit"]
+    return subprocess.run(
+        [sys.executable, *map(str, (*command, *arguments))], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    return pk.save(tiny_model("llama"), tokenizer, tmp_path_factory.mktemp("ranks") / "model")
+
+
+def corpus(path, texts, rows):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in (list(texts) * rows)[:rows]))
+    return path
+
+
+def alike(one, other):
+    """Within 1e-6 relative to the largest of each statistic."""
+    for mine, theirs in zip(one.target, other.target, strict=True):
+        assert (mine.prompts, mine.tokens) == (theirs.prompts, theirs.tokens)
+        for name in vars(mine):
+            a, b = getattr(mine, name), getattr(theirs, name)
+            if isinstance(a, torch.Tensor):
+                assert (a - b).abs().max() <= 1e-6 * b.abs().max(), name
+    for a, b in zip(one.gradient_squares, other.gradient_squares, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_they_find_what_one_process_finds(count, folder, texts, tmp_path):
+    data = corpus(tmp_path / "t.jsonl", texts, 7)
+    for number, path in ((1, "one"), (count, "many")):
+        made = torchrun(
+            number, "calibrate", folder, "--target", data, *OPTIONS, "-o", tmp_path / path
+        )
+        assert made.returncode == 0, made.stderr
+        assert made.stdout.count("saved ") == 1
+    one, many = (NeuronStats.load(tmp_path / name) for name in ("one", "many"))
+    alike(many, one)
+    assert many.prompts == one.prompts
+    plans = [pk.plan(pk.score(s, tiny_model("llama")), 0.5, multiple_of=8) for s in (one, many)]
+    assert all(torch.equal(a, b) for a, b in zip(*(p.kept for p in plans), strict=True))
+
+
+@pytest.mark.slow
+def test_a_process_may_have_nothing_to_do(folder, texts, tmp_path):
+    data = corpus(tmp_path / "t.jsonl", texts, 1)
+    for count in (1, 3):
+        made = torchrun(
+            count, "calibrate", folder, "--target", data, *OPTIONS, "-o", tmp_path / f"{count}"
+        )
+        assert made.returncode == 0, made.stderr
+    alike(*(NeuronStats.load(tmp_path / name) for name in "31"))
+
+
+def test_verbs_that_share_nothing_refuse_many_processes(capsys, monkeypatch, folder, tmp_path):
+    from prunekit.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    given = ["prune", str(folder), "--strategy", "random", "--sparsity", "0.5"]
+    assert main([*given, "-o", str(tmp_path / "out")]) == 2
+    assert "torchrun started 4 processes; calibrate and recover share" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_with_its_reason(folder, texts, tmp_path):
+    """The others wait for what it would have added, and do not wait for ever."""
+    data = corpus(tmp_path / "t.jsonl", texts, 7)
+    code = (
+        "import os, sys\n"
+        "from prunekit import calibrate as module\n"
+        "from prunekit.cli import main\n"
+        "from prunekit.errors import InputError\n"
+        "import prunekit.cli.calibrate as verb\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    def fails(*given, **named): raise InputError('the second one fails')\n"
+        "    verb.calibrate = fails\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "run.py")]
+    given = ["calibrate", str(folder), "--target", str(data), "-o", str(tmp_path / "out")]
+    made = subprocess.run(
+        [sys.executable, *command, *given], capture_output=True, text=True, timeout=240
+    )
+    assert made.returncode != 0
+    assert "prunekit calibrate: the second one fails" in made.stderr
+    assert not (tmp_path / "out").exists()
