@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--allocation", nargs="+", choices=["uniform", "budget"], default=["uniform"]
     )
-    parser.add_argument("--distill-steps", type=int, help="instead of five minutes")
+    parser.add_argument("--distill-steps", type=int, help="instead of its usual minutes")
     parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--calibration", type=int, default=192, help="rows")
     parser.add_argument("--held-out", type=int, default=80, help="rows")

@@ -104,7 +104,7 @@ class PruneConfig:
         "statistics for it, else none",
         metavar="{none,bias,lstsq,sequential,distill}",
     )
-    minutes: float = option(5.0, "how long --compensate distill trains")
+    minutes: float = option(4.0, "how long --compensate distill trains")
     steps: int = option(0, "how many steps it trains instead; 0: as many as the minutes allow")
     multiple_of: int | str = option(64, _MULTIPLE)
     seed: int = option(0, "for --strategy random and --criterion random")

@@ -363,7 +363,7 @@ def test_bench_prunes_on_the_spot_and_says_what_that_can_give(capsys, folder):
     status, text, _ = run(capsys, *given)
     assert status == 0
     why = [x for x in text.splitlines() if x.startswith(f"{folder} at 50")]
-    assert [line.split(", ")[1] for line in why[-2:]] == ["pp8", "tg2"]
+    assert [line.split(", ")[1:3] for line in why[-2:]] == [["fp32", "pp8"], ["fp32", "tg2"]]
     assert all("50% of their weights less can make it" in line for line in why[-2:])
 
 

@@ -82,12 +82,8 @@ def test_ratios_of_a_model(llama, tmp_path):
     sizes = {"prompt": 8, "generate": 2, "batch": [1]}
     more = gate.measured({"m": llama, "small": tiny_model("llama", intermediate_size=16)}, **sizes)
     ratios = more(2)
-    assert sorted(ratios) == [
-        "m pp8 batch 1",
-        "m tg2 batch 1",
-        "small pp8 batch 1",
-        "small tg2 batch 1",
-    ]
+    tests = "MLPs pp8", "MLPs tg8", "pp8", "tg2"
+    assert sorted(ratios) == [f"{name} {test} batch 1" for name in ("m", "small") for test in tests]
     assert all(len(each) == 2 and min(each) > 0 for each in ratios.values())
     options = sizes | {"models": ["m"]}
     gate.save_baseline(tmp_path / "b.json", ratios, options)

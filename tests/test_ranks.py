@@ -10,6 +10,7 @@ import torch
 import prunekit as pk
 from prunekit.stats import NeuronStats
 from tests.models import tiny_model
+from tests.vocabularies import byte_level
 
 pytestmark = pytest.mark.skipif("not torch.distributed.is_available()", reason="no distribution")
 OPTIONS = ("--gram", "--gradients", "--taylor", "--batch-tokens", "40", "--quiet")
@@ -22,9 +23,15 @@ def torchrun(count, *arguments):
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    return pk.save(tiny_model("llama"), tokenizer, tmp_path_factory.mktemp("ranks") / "model")
+def model():
+    return tiny_model("llama", vocab_size=400)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return pk.save(
+        tiny_model("llama", vocab_size=400), byte_level("qwen2", 400), tmp_path / "model"
+    )
 
 
 def corpus(path, texts, rows):
@@ -56,7 +63,10 @@ def test_they_find_what_one_process_finds(count, folder, texts, tmp_path):
     one, many = (NeuronStats.load(tmp_path / name) for name in ("one", "many"))
     alike(many, one)
     assert many.prompts == one.prompts
-    plans = [pk.plan(pk.score(s, tiny_model("llama")), 0.5, multiple_of=8) for s in (one, many)]
+    plans = [
+        pk.plan(pk.score(s, tiny_model("llama", vocab_size=400)), 0.5, multiple_of=8)
+        for s in (one, many)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*(p.kept for p in plans), strict=True))
 
 

@@ -23,7 +23,7 @@ from prunekit.errors import InputError
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 
-MINUTES = 5.0
+MINUTES = 4.0
 BATCH_TOKENS = 1024
 LEARNING_RATE = 3e-4
 BETAS = (0.9, 0.98)

@@ -36,4 +36,4 @@ def plan_of_neurons(model: nn.Module, count: int) -> PrunePlan:
     dense = tuple(view.width for view in find_mlps(model, verify=False))
     if not 0 < count <= min(dense):
         raise InputError(f"--neurons: got {count}; expected 1 to {min(dense)}")
-    return PrunePlan((torch.arange(count, dtype=torch.int32),) * len(dense), dense)
+    return PrunePlan(tuple(torch.arange(count, dtype=torch.int32) for _ in dense), dense)
