@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ def check_llamacpp() -> None:
     except ImportError:
         why = "--llamacpp: needs llama-cpp-python: pip install llama-cpp-python"
         raise InputError(why) from None
+
+
+@cache
+def _silence() -> Callable:
+    """Have llama.cpp say nothing from now on; it calls this function, which must not be freed."""
+    import llama_cpp
+
+    hears = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(hears, ctypes.c_void_p(0))
+    return hears
 
 
 class LlamaCpp:
@@ -51,8 +62,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.dtype, self._lib = outtype, llama_cpp
-        self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
+        _silence()
         self.files: dict[str, Path] = {}
         self.engines: dict[str, Any] = {}
         threads = torch.get_num_threads()

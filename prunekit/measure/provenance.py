@@ -31,7 +31,8 @@ def device_name() -> str:
     """The GPU that torch would use, or the processor and its threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions() -> dict[str, str | None]:
