@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help demo test test-all test-llamacpp test-vllm lint audit bench
-.PHONY: bench-ops bench-compare bench-peers gpu-bench gpu-tune gpu-table clean
+.PHONY: fuzz bench-ops bench-compare bench-peers gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test-all  those and the slow ones"
 	@echo "make test-llamacpp  that llama.cpp computes what transformers does; compiles it, in minutes"
 	@echo "make test-vllm that vLLM on the CPU generates what transformers does; its own environment"
+	@echo "make fuzz      hostile input for every reader, ten minutes each; MINUTES=1 for less"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
 	@echo "make bench     measure the operations and the main job on this machine, in 10 minutes"
@@ -96,6 +97,15 @@ test-llamacpp: $(VENV)/.llamacpp
 
 test-vllm: $(VLLM)/.ready
 	$(VLLM_BIN)/python -m pytest tests/vllm
+
+# Every reader by the coverage-guided fuzzer, so many minutes each; what it finds becomes a test.
+FUZZED  := stats plan record nested gguf jsonl csv
+MINUTES ?= 10
+fuzz: $(VENV)/.ready
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "atheris>=3.0"
+	@for reader in $(FUZZED); do $(BIN)/python -m tests.fuzz $$reader --minutes $(MINUTES) || exit 1; done
+	@for reader in stats plan nested; do \
+	    $(BIN)/python -m tests.fuzz $$reader --header --minutes $(MINUTES) || exit 1; done
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

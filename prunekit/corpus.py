@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunekit.errors import InputError
+from prunekit.values import parse_json
 
 _COLUMNS = "`text`, `prompt` (with or without `completion`), or `messages`"
 
@@ -45,7 +45,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise InputError(f"{path}:{number}: is not JSON: {error}") from None
             if not isinstance(row, dict):

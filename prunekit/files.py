@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prunekit.errors import InputError
+from prunekit.values import conform, parse_json
 
 MODEL_MARKER = "config.json"  # what makes a folder one that --force may replace
 
@@ -176,7 +177,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read JSON, or raise InputError with the reason."""
     try:
-        return json.loads(Path(path).read_text())
+        return parse_json(Path(path).read_text())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -213,6 +214,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("prunekit", "{}"))
+            header = parse_json((file.metadata() or {}).get("prunekit", "{}"))
+            conform(header, dict, "header")
+            return header
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path}: is no whole safetensors file: {error}") from error

@@ -14,6 +14,7 @@ from prunekit import files
 from prunekit.allocation import Sensitivity, budget_widths
 from prunekit.arch import MLPView, fingerprint
 from prunekit.errors import InputError
+from prunekit.values import conform
 
 _KIND = "prune-plan"
 STRATEGIES = ("selective", "reverse", "random")
@@ -70,12 +71,16 @@ class PrunePlan:
         """
         tensors, header = files.read_tensors(path, _KIND)
         try:
+            conform(header, {"dense_widths": [int], "recipe": dict}, "header")
             widths = tuple(header["dense_widths"])
             kept = tuple(tensors[f"kept.{i}"] for i in range(len(widths)))
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
             raise InputError(f"{path}: its header and tensors do not fit together") from error
+        if not widths:
+            raise InputError(f"{path}: is a plan of no MLP")
         for i, (k, width) in enumerate(zip(kept, widths, strict=True)):
-            ascending = k.dim() == 1 and k.numel() > 0 and bool((k[1:] > k[:-1]).all())
+            plain = k.dtype == torch.int32 and k.dim() == 1 and k.numel() > 0
+            ascending = plain and bool((k[1:] > k[:-1]).all())
             if not ascending or int(k[0]) < 0 or int(k[-1]) >= width:
                 raise InputError(f"{path}: MLP {i}: kept neurons must ascend within [0, {width})")
         return cls(kept, widths, header["recipe"])

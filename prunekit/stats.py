@@ -24,6 +24,7 @@ from prunekit.ops.gated_act_stats import (
     TOKEN_MAX_ABS,
     TOKEN_SUM,
 )
+from prunekit.values import conform
 
 _KIND = "neuron-stats"
 _SUMS = (
@@ -37,6 +38,13 @@ _SUMS = (
 # What a calibration need not gather; None where it did not.
 _OPTIONAL = ("prompt_norm_sum", "gram", "taylor", "gradient_gram")
 _MATRICES = ("gram", "gradient_gram")
+_CORPUS = {"class": str, "name": str, "hash": str, "prompts": int, "tokens": int}
+_HEADER = {
+    "names": [str],
+    "counts": {str: [[float]]},
+    "fingerprint": str,
+    "provenance": {"model?": str, "corpora?": [_CORPUS]},
+}
 # Who lacks one of these is told how to get it.
 REMEDIES = {
     "prompt_norm_sum": "these were written before prunekit kept it; calibrate again",
@@ -158,6 +166,20 @@ class NeuronSums:
                 value = value.cpu()
                 setattr(self, name, ops.symmetrize_(value) if name in _MATRICES else value)
         return self
+
+    def check_shapes(self) -> None:
+        """Raise ValueError where the tensors are not what `NeuronSums` says that they are."""
+        width = (self.token_sum.numel(),)
+        for name in (*_SUMS, "max_abs", *_OPTIONAL):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            wanted = value.shape[:1] * 2 if name == "gradient_gram" else width
+            wanted = 2 * wanted if name == "gram" else tuple(wanted)
+            narrow = name in (*_MATRICES, "max_abs")
+            dtype = torch.float32 if narrow else torch.float64
+            if tuple(value.shape) != wanted or value.dtype != dtype:
+                raise ValueError(f"{name}: is {value.dtype} {list(value.shape)}")
 
     @property
     def prompt_mean(self) -> torch.Tensor:
@@ -296,6 +318,7 @@ class NeuronStats:
         tensors, header = files.read_tensors(path, _KIND)
         classes: dict[str, list[NeuronSums]] = {}
         try:
+            conform(header, _HEADER, "header")
             for name, counts in header["counts"].items():
                 classes[name] = [
                     NeuronSums(
@@ -306,6 +329,10 @@ class NeuronStats:
                     )
                     for i, (prompts, tokens) in enumerate(counts)
                 ]
+                if len(counts) != len(header["names"]) or not counts:
+                    raise ValueError(f"{name}: has sums of {len(counts)} MLPs")
+                for sums in classes[name]:
+                    sums.check_shapes()
             return cls(
                 header["names"],
                 classes,
@@ -354,8 +381,11 @@ def _read_prompts(
     """Prompts and their gradients' squares, as `_prompt_tensors` laid them down."""
     if f"{name}.ids" not in tensors:
         return None, None
-    spans = tensors[f"{name}.spans"]
-    rows = tensors[f"{name}.ids"].split(spans[:, 0].tolist())
+    spans, ids = tensors[f"{name}.spans"], tensors[f"{name}.ids"]
+    whole = ids.dtype == spans.dtype == torch.int32 and (ids.dim(), spans.dim()) == (1, 2)
+    if not whole or spans.shape[1] != 2 or (spans < 0).any() or spans[:, 0].sum() != ids.numel():
+        raise ValueError(f"{name}: their spans are none of their ids")
+    rows = ids.split(spans[:, 0].tolist())
     prompts = [
         Tokens(tuple(row.tolist()), scored)
         for row, scored in zip(rows, spans[:, 1].tolist(), strict=True)

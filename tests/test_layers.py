@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("config", "errors", "files", "progress", "ranks"),
+    ("config", "errors", "files", "progress", "ranks", "values"),
     ("prunekit_kernels",),
     ("ops",),
     ("arch", "stats", "nn", "observe", "corpus", "batching", "contrast"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from prunekit.errors import InputError
+from prunekit.values import conform, parse_json
 
 MAGIC = b"GGUF"
 # By the number that stands for it: the types of single values. 8 is a string, 9 an array.
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_ALIGNMENT = 1 << 20  # the largest that is believed
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,27 @@ class GGUF:
     @property
     def widths(self) -> list[int]:
         """Each layer's MLP width; [] where the file says none."""
-        said = self.get("feed_forward_length", [])
-        return [said] * self.get("block_count", 0) if isinstance(said, int) else list(said)
+        said, count = self.get("feed_forward_length", []), self.get("block_count", 0)
+        try:
+            conform(said, (int, [int]))
+            conform(count, int)
+        except ValueError:
+            raise InputError(f"{self.path}: its feed_forward_length is no width") from None
+        if isinstance(said, list):
+            return said
+        return [said] * min(max(count, 0), len(self.tensors))
 
     @property
     def record(self) -> dict[str, Any]:
         """What prunekit wrote of the model's pruning; {} if it did not write the file."""
         try:
-            said = json.loads(self.keys.get("prunekit.record", "{}"))
+            said = parse_json(self.keys.get("prunekit.record", "{}"))
+            conform(said, dict)
+            if "dense_widths" in said:
+                conform(said, {"dense_widths": [int], "sparsity": float, "recipe": dict})
         except (ValueError, TypeError):
-            raise InputError(f"{self.path}: its prunekit.record is no JSON") from None
-        return said if isinstance(said, dict) else {}
+            raise InputError(f"{self.path}: its prunekit.record is no record") from None
+        return said
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor's values, fp32, dequantised.
@@ -136,13 +147,15 @@ def _parse(path: Path, file: BinaryIO, total: int) -> GGUF:
         keys[name] = reader.value(reader.scalar("I"))
     if not isinstance(keys.get("general.architecture"), str):
         raise InputError(f"{path}: names no architecture")
+    if not isinstance(keys.get("tokenizer.ggml.tokens", []), list):
+        raise InputError(f"{path}: its tokens are no list")
     found = []
     for _ in range(tensor_count):
         name = reader.string()
         shape = tuple(reversed([reader.scalar("Q") for _ in range(reader.scalar("I"))]))
         found.append((name, shape, reader.scalar("I"), reader.scalar("Q")))
     alignment = keys.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
+    if type(alignment) is not int or not 1 <= alignment <= _ALIGNMENT:
         raise InputError(f"{path}: is aligned to {alignment!r}; expected a number of bytes")
     base = -(-file.tell() // alignment) * alignment
     tensors = {}
@@ -177,7 +190,7 @@ class _Reader:
     def string(self) -> str:
         return self.take(self.scalar("Q")).decode()
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -186,6 +199,7 @@ class _Reader:
         if inner in _SCALARS:
             form = f"<{count}{_SCALARS[inner]}"
             return list(struct.unpack(form, self.take(struct.calcsize(form))))
-        if count * 8 > self.total - self.file.tell():  # a string takes 8 bytes, or more
+        # A string takes 8 bytes or more; an array of arrays of arrays is nobody's.
+        if count * 8 > self.total - self.file.tell() or depth > 1:
             raise struct.error
-        return [self.value(inner) for _ in range(count)]
+        return [self.value(inner, depth + 1) for _ in range(count)]

@@ -27,8 +27,17 @@ from prunekit.compensate import Repair
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan, kept_width, plan
 from prunekit.stats import NeuronStats
+from prunekit.values import conform, parse_json
 
 _KIND, _VERSION = "nested", 1
+_SLOT = {"stored": str, "name": str, "role": str, "rows": bool}
+_FACTS = {
+    "dense_widths": [int],
+    "anchors": [[int]],
+    "slots": [[_SLOT]],
+    "biases": [(None, str)],
+    "recipe": {"compensate": str, "multiple_of": int},
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -56,7 +65,8 @@ class Nested:
         path = Path(folder) / NESTED
         shard = read_shard(path)
         try:
-            facts = json.loads(shard.metadata["prunekit"])
+            facts = parse_json(shard.metadata["prunekit"])
+            conform(facts, {"kind": str, "version": int}, "header")
             if (facts["kind"], facts["version"]) != (_KIND, _VERSION):
                 raise InputError(f"{path}: is of version {facts['version']}, expected {_VERSION}")
             _check_facts(facts)
@@ -164,23 +174,12 @@ class Nested:
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    count, recipe = len(facts["dense_widths"]), facts["recipe"]
-    whole = all(_natural(w) for w in facts["dense_widths"])
-    for widths in facts["anchors"]:
-        whole &= len(widths) == count and all(_natural(w) for w in widths)
-    for slots in facts["slots"]:
-        for slot in slots:
-            whole &= all(isinstance(slot[key], str) for key in ("stored", "name", "role"))
-            whole &= isinstance(slot["rows"], bool)
-    whole &= all(name is None or isinstance(name, str) for name in facts["biases"])
-    whole &= isinstance(recipe, dict) and isinstance(recipe["compensate"], str)
-    lengths = {count, len(facts["slots"]), len(facts["biases"])}
-    if not whole or len(lengths) > 1 or not _natural(recipe["multiple_of"]):
+    conform(facts, _FACTS, "header")
+    dense, anchors = facts["dense_widths"], facts["anchors"]
+    lengths = {len(each) for each in (dense, facts["slots"], facts["biases"], *anchors)}
+    least = min([facts["recipe"]["multiple_of"], *dense, *(w for each in anchors for w in each)])
+    if lengths != {len(dense)} or not dense or least < 1:
         raise ValueError
-
-
-def _natural(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def _first(entry: Entry, rows: int) -> Entry:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from prunekit.values import parse_json
 
 HUB = "https://huggingface.co"
 _RECORD = "prunekit.json"
@@ -95,7 +96,7 @@ def _of_folder(folder: Path) -> Origin:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        said = json.loads(path.read_text("utf-8"))
+        said = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}

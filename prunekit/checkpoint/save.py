@@ -17,13 +17,26 @@ from prunekit.checkpoint.widths import check_widths, differ
 from prunekit.checkpoint.writer import write_index
 from prunekit.errors import CheckError, InputError
 from prunekit.plan import PrunePlan
+from prunekit.values import conform
 
 RECORD = "prunekit.json"
 PLAN = "plan.safetensors"
 CARD = "README.md"
 _VERSIONS = ("prunekit", "torch", "transformers")
-_SAID = ("format", "model", "parameters", "bytes", "dtype")  # by every record
-_SAID_OF_PRUNING = ("dense_widths", "sparsity", "recipe", "stats", "calibration")
+_SAID = {"format": int, "model": str, "parameters": int, "bytes": int, "dtype": str}
+_SAID_OF_PRUNING = {
+    "widths": [int],
+    "dense_widths": [int],
+    "sparsity": float,
+    "recipe": dict,
+    "stats": (None, str),
+    "calibration": object,
+}
+_SAID_OF_RECOVERY = {
+    "settings": {"method": str},
+    "steps": int,
+    "loss": {"before": float, "after": float},
+}
 _REPAIR = ("compensate", "distill_steps", "distill_share")  # of the recipe, recorded by `prune`
 
 
@@ -225,8 +238,17 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: no {RECORD}; it was not written by prunekit")
     record = files.read_json(path)
-    said = _SAID + (_SAID_OF_PRUNING if isinstance(record, dict) and "widths" in record else ())
-    missing = [name for name in said if not isinstance(record, dict) or name not in record]
-    if missing:
-        raise InputError(f"{path}: is no record of a model: it lacks {missing[0]}")
+    try:
+        conform(record, _SAID | {"recovery?": _SAID_OF_RECOVERY}, "record")
+        if "widths" in record:
+            conform_pruning(record)
+    except ValueError as error:
+        raise InputError(f"{path}: is no record of a model: {error}") from None
     return record
+
+
+def conform_pruning(record: dict[str, Any]) -> None:
+    """Raise ValueError where a record does not say of its pruning what every one does."""
+    conform(record, _SAID_OF_PRUNING, "record")
+    if not record["widths"] or len(record["widths"]) != len(record["dense_widths"]):
+        raise ValueError("its widths are none of its dense widths")

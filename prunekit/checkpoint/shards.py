@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from prunekit.errors import InputError
+from prunekit.values import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -126,7 +126,7 @@ def read_shard(path: Path) -> Shard:
             raise InputError(f"{path}: is no whole safetensors file: its header is cut short")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         metadata = header.pop("__metadata__", None) or {}
         found = [_entry(name, path, facts, 8 + length) for name, facts in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -188,7 +188,7 @@ class Shards:
 
     def _indexed(self, index: Path) -> list[Shard]:
         try:
-            said = json.loads(index.read_text())["weight_map"]
+            said = parse_json(index.read_text())["weight_map"]
             names = sorted(set(said.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: is no index: {type(error).__name__}") from None

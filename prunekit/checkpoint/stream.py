@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
+from prunekit.values import parse_json
 
 METHODS = ("none", "bias", "lstsq")  # what repairs an MLP without the model around it
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -291,7 +291,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_index(folder: Path, source: Shards) -> None:
-    said = json.loads((source.folder / INDEX).read_text())
+    said = parse_json((source.folder / INDEX).read_text())
     shards = [read_shard(folder / shard.path.name) for shard in source.shards]
     size = sum(entry.size for shard in shards for entry in shard.entries)
     said["metadata"] = (said.get("metadata") or {}) | {"total_size": size}

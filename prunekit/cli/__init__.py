@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb: 0 done, 1 a check failed, 2 bad usage or bad input."""
     logging.basicConfig(format="prunekit: %(message)s", level=logging.WARNING, stream=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a file says need not be printable
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     namespace = parser.parse_args(arguments)
     if namespace.version:

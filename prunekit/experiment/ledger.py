@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import InputError
+from prunekit.values import parse_json
 
 NAME = "results.jsonl"
 
@@ -81,7 +82,7 @@ def _whole(path: Path) -> tuple[list[dict[str, Any]], int]:
     end = 0
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("no object")
         except ValueError as error:

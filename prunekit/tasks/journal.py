@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from prunekit.errors import InputError
 from prunekit.files import check_output_file
 from prunekit.tasks.base import Generation
+from prunekit.values import parse_json
 
 
 class Journal:
@@ -63,7 +64,7 @@ class Journal:
 
     def _read(self, whole: bytes, header: dict[str, Any]) -> None:
         try:
-            found, *rows = [json.loads(line) for line in whole.splitlines()]
+            found, *rows = [parse_json(line) for line in whole.splitlines()]
             kept = [Generation(**row) for row in rows]
         except (ValueError, TypeError):
             raise InputError(

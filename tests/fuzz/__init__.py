@@ -1,0 +1,1 @@
+"""Hostile input for every reader: by property tests, and by a coverage-guided fuzzer."""
