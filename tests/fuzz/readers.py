@@ -15,7 +15,9 @@ from pathlib import Path
 import prunekit as pk
 from prunekit.checkpoint.gguf import save_gguf
 from prunekit.checkpoint.nested import save_nested
-from prunekit.cli import main
+from prunekit.cli import inspect
+from prunekit.cli.output import Output
+from prunekit.config import InspectConfig
 from prunekit.corpus import read_corpus
 from prunekit.errors import InputError
 from tests.models import tiny_model
@@ -54,12 +56,9 @@ class Reader:
 
 
 def _inspect(path: Path) -> None:
-    """As a user does: exit status 0, or 2 and one line that does not trace back."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        status = main(["inspect", str(path)])
-    if status != 0:
-        raise InputError(said.getvalue().strip())
+    """As `prunekit inspect` does, what it prints included."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        inspect.run(InspectConfig(str(path)), Output(as_json=False))
 
 
 def _corpus(path: Path) -> None:
