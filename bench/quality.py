@@ -38,6 +38,7 @@ NOT_HERE = ("auto",)  # another's name
 SLOW = ("sequential", "distill")  # minutes a cell: only for the criteria that come close
 CLOSE = ("reconstruction_fisher", "reconstruction", "wanda")
 BUDGETED = "reconstruction_fisher"  # the criterion that says what a layer's width costs the loss
+RESULTS = Path(__file__).parent / "results" / "quality"  # what was measured so far
 MARKERS = "quality"  # of docs/quality.md
 PLOTTED = (
     ("reconstruction_fisher", "sequential"),
@@ -228,7 +229,7 @@ def main() -> None:
     repairs = ["none", "bias", "lstsq", "sequential", "distill"]
     parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--out", type=Path, default=Path("quality"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--criterion", nargs="+", choices=every, default=every)
     parser.add_argument("--compensate", nargs="+", choices=repairs, default=repairs[:-1])
     parser.add_argument(
