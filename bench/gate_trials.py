@@ -23,6 +23,7 @@ from torch import nn
 
 from prunekit.backward import calling_instead
 from prunekit.compact import compact_modules, prune
+from prunekit.config import DTYPES
 from prunekit.experiment.twin import plan_of_widths
 from prunekit.files import write_json
 from prunekit.integrations.loading import load
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--trials", type=int, default=20, help="of each kind")
     add("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--dtype", default="auto", choices=DTYPES)
     add("--prompt", type=int, default=128)
     add("--generate", type=int, default=16)
     add("--rounds", type=int, default=33, help="of the baseline")
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--time-limit", type=float, default=60.0, help="seconds of one check")
     add("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args(arguments)
-    model = load("demo")
+    model = load("demo", dtype=options.dtype)
     prune(model, plan_of_widths(model, 0.5, 64), compensate="none")
     models = {"half": compact_modules(model)}
     sizes = {"prompt": options.prompt, "generate": options.generate, "batch": [1]}

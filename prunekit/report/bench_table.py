@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prunekit.measure.comparison import Throughput
+from prunekit.ops.linear import multiplies
+
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,20 @@ def flat(line: Line) -> dict[str, Any]:
 
 
 def sentences(lines: Sequence[Line]) -> list[str]:
-    """What a token costs in energy where that is counted, and whether pruning paid and why."""
+    """What is slow for another reason, what a token costs in energy where that is counted, and
+    whether pruning paid and why."""
+    slow = [
+        f"{name}: this processor has no instructions for it; --dtype fp32 is faster here"
+        for name in dict.fromkeys(line.row.dtype for line in lines if line.row.parts)
+        if name in _HALVES and not torch.cuda.is_available() and not multiplies(_HALVES[name])
+    ]
     energy = [
         f"{line.label}: {line.row.joules_per_token:.3g} J a token, idling included"
         for line in lines
         if line.row.joules_per_token is not None
     ]
     why = [f"{line.label}: {line.row.bound.why}." for line in lines if line.row.bound is not None]
-    return energy + why
+    return slow + energy + why
 
 
 def how(facts: Mapping[str, Any], rounds: int) -> str:
