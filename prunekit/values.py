@@ -49,7 +49,7 @@ def conform(value: Any, shape: Shape, name: str = "value") -> None:
             if known in value:
                 conform(value[known], inner, f"{name}.{known}")
             elif known == key:
-                raise ValueError(f"{name}: lacks {key}")
+                raise ValueError(f"{name} lacks {key}")
     elif shape is None:
         if value is not None:
             raise ValueError(f"{name}: got {type(value).__name__}; expected null")

@@ -42,6 +42,15 @@ def test_another_part_that_got_slower_and_a_loss():
     assert why.endswith("attention took 4.00 times as long as in the dense model")
 
 
+def test_parts_that_took_no_time_at_all():
+    """As where a run without its MLPs happened to take longer than the whole."""
+    none, some = Parts(0.0, 0.0, 0.0, 1.0), Parts(1.0, 1.0, 0.0, 1.0)
+    for pruned in (none, some):
+        found = explain(none, pruned, kept=0.5, measured=0.5, unaligned=None)
+        assert found.speedup == 1.0
+        assert "pruning did not pay" in found.why
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox", "phi3"])
 def test_every_layer_has_its_parts(name):
     model = tiny_model(name)

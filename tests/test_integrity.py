@@ -251,7 +251,8 @@ def test_a_record_that_is_broken_is_refused(form, broken, capsys):
     whole = json.loads(path.read_text())
     for said, message in (
         ("{", "is not JSON"),
-        ("[]", "is no record of a model: it lacks format"),
+        ("[]", "is no record of a model: it: got list; expected dict"),
+        ("{}", "is no record of a model: it lacks format"),
         (json.dumps({k: v for k, v in whole.items() if k != "dtype"}), "it lacks dtype"),
         (json.dumps(whole | {"sha256": 3}), "has no hashes to verify by"),
     ):

@@ -239,7 +239,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no {RECORD}; it was not written by prunekit")
     record = files.read_json(path)
     try:
-        conform(record, _SAID | {"recovery?": _SAID_OF_RECOVERY}, "record")
+        conform(record, _SAID | {"recovery?": _SAID_OF_RECOVERY}, "it")
         if "widths" in record:
             conform_pruning(record)
     except ValueError as error:
@@ -249,6 +249,6 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def conform_pruning(record: dict[str, Any]) -> None:
     """Raise ValueError where a record does not say of its pruning what every one does."""
-    conform(record, _SAID_OF_PRUNING, "record")
+    conform(record, _SAID_OF_PRUNING, "it")
     if not record["widths"] or len(record["widths"]) != len(record["dense_widths"]):
         raise ValueError("its widths are none of its dense widths")

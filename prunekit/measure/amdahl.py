@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -94,14 +95,18 @@ def explain(
     if reached >= REACHED:
         why += f"; the most that is left is {names[largest]}"
     elif short == "mlp":
-        expected = pruned.mlp / (dense.mlp * kept) if kept else float("inf")
+        expected = _times(pruned.mlp, dense.mlp * kept)
         why += f"; the pruned MLPs take {expected:.2f} times what their weights should"
         if unaligned is not None:
             why += f": a width of {unaligned} is no multiple of {_ALIGNED}"
     else:
-        slower = getattr(pruned, short) / getattr(dense, short)
+        slower = _times(getattr(pruned, short), getattr(dense, short))
         why += f"; {names[short]} took {slower:.2f} times as long as in the dense model"
     return Bound(allowed, reached, why)
+
+
+def _times(now: float, before: float) -> float:
+    return now / before if before else math.inf
 
 
 def bounds(

@@ -11,7 +11,7 @@ from tests.fuzz.readers import FRAMED, READERS, header_of, with_header
 
 FOUND = Path(__file__).parent / "found"
 SETTINGS = settings(
-    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
