@@ -270,7 +270,7 @@ class BenchConfig:
     multiple_of: int = option(64, "with --sparsity: round kept widths to a multiple of this")
     rounds: int = option(7, "how often each test is timed")
     compact: bool = option(False, "run the MLPs through prunekit's CompactMLP")
-    compile: bool = option(False, "run every model through torch.compile, which takes minutes")
+    compile: bool = option(False, "run every model through torch.compile, which takes its time")
     cuda_graph: bool = option(
         False, "record what a step makes the GPU do, and play it again; with --compile, its own way"
     )

@@ -29,9 +29,7 @@ def model():
 
 @pytest.fixture
 def folder(tmp_path):
-    return pk.save(
-        tiny_model("llama", vocab_size=400), byte_level("qwen2", 400), tmp_path / "model"
-    )
+    return pk.save(model(), byte_level("qwen2", 400), tmp_path / "model")
 
 
 def corpus(path, texts, rows):
@@ -63,10 +61,7 @@ def test_they_find_what_one_process_finds(count, folder, texts, tmp_path):
     one, many = (NeuronStats.load(tmp_path / name) for name in ("one", "many"))
     alike(many, one)
     assert many.prompts == one.prompts
-    plans = [
-        pk.plan(pk.score(s, tiny_model("llama", vocab_size=400)), 0.5, multiple_of=8)
-        for s in (one, many)
-    ]
+    plans = [pk.plan(pk.score(stats, model()), 0.5, multiple_of=8) for stats in (one, many)]
     assert all(torch.equal(a, b) for a, b in zip(*(p.kept for p in plans), strict=True))
 
 
@@ -96,7 +91,6 @@ def test_a_process_that_dies_ends_the_run_with_its_reason(folder, texts, tmp_pat
     data = corpus(tmp_path / "t.jsonl", texts, 7)
     code = (
         "import os, sys\n"
-        "from prunekit import calibrate as module\n"
         "from prunekit.cli import main\n"
         "from prunekit.errors import InputError\n"
         "import prunekit.cli.calibrate as verb\n"

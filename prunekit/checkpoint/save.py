@@ -241,13 +241,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     try:
         conform(record, _SAID | {"recovery?": _SAID_OF_RECOVERY}, "it")
         if "widths" in record:
-            conform_pruning(record)
+            _conform_pruning(record)
     except ValueError as error:
         raise InputError(f"{path}: is no record of a model: {error}") from None
     return record
 
 
-def conform_pruning(record: dict[str, Any]) -> None:
+def _conform_pruning(record: dict[str, Any]) -> None:
     """Raise ValueError where a record does not say of its pruning what every one does."""
     conform(record, _SAID_OF_PRUNING, "it")
     if not record["widths"] or len(record["widths"]) != len(record["dense_widths"]):

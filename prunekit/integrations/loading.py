@@ -22,7 +22,12 @@ from prunekit.integrations.nested import is_nested, load_nested
 
 DEMO = "demo"
 _DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": "auto"}
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "auto": "auto",
+}
 
 
 def _demo_source() -> tuple[str, dict[str, Any]]:
@@ -119,10 +124,10 @@ def load_shape(model: str, *, dtype: str = "auto") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, options = _source(str(model))
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if dtype not in TORCH_DTYPES:
+        raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(TORCH_DTYPES)}")
     file = _gguf(folder, options)
-    wanted = _DTYPES["bf16" if dtype == "auto" and options else dtype]
+    wanted = TORCH_DTYPES["bf16" if dtype == "auto" and options else dtype]
     try:
         if file is not None:
             from prunekit.integrations.gguf import gguf_config, gguf_dtype
@@ -174,14 +179,14 @@ def load(
     from transformers.utils import logging as hf_logging
 
     model = str(model)
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if dtype not in TORCH_DTYPES:
+        raise InputError(f"dtype: got {dtype!r}; expected one of {', '.join(TORCH_DTYPES)}")
     folder, options = _source(model)
     file = _gguf(folder, options)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_nested(folder):
         loaded = load_nested(folder, sparsity or 0.0, load_shape(model))
-        wanted = loaded.dtype if dtype == "auto" else _DTYPES[dtype]
+        wanted = loaded.dtype if dtype == "auto" else TORCH_DTYPES[dtype]
         return loaded.to(device, wanted).eval()
     if sparsity is not None:
         raise InputError(
@@ -192,7 +197,7 @@ def load(
     if file is not None:
         from prunekit.integrations.gguf import gguf_dtype, load_gguf
 
-        loaded = load_gguf(file, gguf_dtype(file) if dtype == "auto" else _DTYPES[dtype])
+        loaded = load_gguf(file, gguf_dtype(file) if dtype == "auto" else TORCH_DTYPES[dtype])
         _name_origin(loaded, model, folder, options)
         return loaded.to(device).eval()
     if "gguf_file" in options:
@@ -207,7 +212,7 @@ def load(
             _prepare(options["config"])
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar knows no switch
             loaded, told = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=_DTYPES[dtype], **options
+                folder, dtype=TORCH_DTYPES[dtype], **options
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {model}: cannot be loaded: {_first_line(error)}") from error

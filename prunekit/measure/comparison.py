@@ -12,6 +12,7 @@ from torch import nn
 from prunekit.arch import find_mlps
 from prunekit.errors import InputError
 from prunekit.integrations.fixed_shapes import EAGER, Way
+from prunekit.integrations.loading import TORCH_DTYPES
 from prunekit.measure.amdahl import Bound, bounds
 from prunekit.measure.energy import counters_of, joules_of
 from prunekit.measure.memory import model_bytes, parameter_count
@@ -193,8 +194,8 @@ def _joules(run: Callable[[], None], tokens: int, counters: list) -> float | Non
 
 def _short(model: nn.Module) -> str:
     """A dtype as the command line names it."""
-    name = str(model.dtype).removeprefix("torch.")
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    return names.get(model.dtype, str(model.dtype).removeprefix("torch."))
 
 
 def _without_mlps(model: nn.Module, run: Callable[[], None]) -> Callable[[], None]:

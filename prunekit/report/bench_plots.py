@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prunekit.report.bench_table import Line
-from prunekit.report.theme import FAINT, INK, SERIES, drawing, svg
+from matplotlib.axes import Axes
 
-_ROW = 0.42  # inches a bar
+from prunekit.report.bench_table import Line
+from prunekit.report.theme import FAINT, INK, SERIES, drawing, legend_below, svg
+
+_ROW, _LEGEND = 0.42, 0.62  # inches: a bar, and from the axes to the legend
 _PARTS = {
     "mlp": "MLPs",
     "attention": "attention",
@@ -52,7 +54,7 @@ def speedups(lines: Sequence[Line]) -> str:
         axes.set_xlabel("speed-up (×), measured, 95 % interval")
         axes.grid(visible=False, axis="y")
         if bounds:
-            _legend(axes, len(lines))
+            _legend(axes)
         return svg(figure)
 
 
@@ -74,12 +76,11 @@ def time_by_part(lines: Sequence[Line]) -> str:
         axes.invert_yaxis()
         axes.set_xlabel("time of a run (ms)")
         axes.grid(visible=False, axis="y")
-        _legend(axes, len(lines))
+        _legend(axes)
         return svg(figure)
 
 
-def _legend(axes, bars: int) -> None:
+def _legend(axes: Axes) -> None:
     """Below the axis' label, however high the plot is."""
-    inches = 0.62  # from the axes to the legend
-    below = inches / (axes.get_position().height * (1.6 + _ROW * bars))
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -below), ncols=2, columnspacing=1.2)
+    height = axes.get_position().height * axes.get_figure().get_figheight()
+    legend_below(axes, below=_LEGEND / height)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
+from prunekit.integrations.loading import TORCH_DTYPES
 from prunekit.measure.comparison import Throughput
 from prunekit.ops.linear import multiplies
-
-_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def sentences(lines: Sequence[Line]) -> list[str]:
     slow = [
         f"{name}: this processor has no instructions for it; --dtype fp32 is faster here"
         for name in dict.fromkeys(line.row.dtype for line in lines if line.row.parts)
-        if name in _HALVES and not torch.cuda.is_available() and not multiplies(_HALVES[name])
+        if not torch.cuda.is_available() and not multiplies(TORCH_DTYPES.get(name))
     ]
     energy = [
         f"{line.label}: {line.row.joules_per_token:.3g} J a token, idling included"

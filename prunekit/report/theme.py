@@ -59,9 +59,10 @@ def svg(figure: Figure) -> str:
     return re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], found)
 
 
-def legend_below(axes: Axes, *, columns: int = 2) -> None:
-    """A legend under the axes, where no point can lie."""
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=columns, columnspacing=1.2)
+def legend_below(axes: Axes, *, columns: int = 2, below: float = 0.16) -> None:
+    """A legend under the axes, where no point can lie: so much of their height below them."""
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0, -below)}
+    axes.legend(**place, ncols=columns, columnspacing=1.2)
 
 
 def mark(axes: Axes, places: dict[float, str]) -> None:
