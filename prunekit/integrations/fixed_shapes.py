@@ -58,7 +58,8 @@ class FixedShapes:
             at its first call.
 
     Raises:
-        InputError: its cache slides, which no recording can follow.
+        InputError: its cache slides, which no recording can follow; or transformers is older than
+            caches that count what they hold.
 
     Cost:
         Memory for the keys and values of ``length`` tokens.
@@ -67,6 +68,8 @@ class FixedShapes:
     def __init__(self, model: nn.Module, length: int, way: Way):
         self._model, self._name = model, cache_keyword(model)
         self._cache = StaticCache(config=model.config, max_cache_len=length)
+        if not all(hasattr(layer, "cumulative_length") for layer in self._cache.layers):
+            raise InputError("--compile, --cuda-graph: need transformers 5.17 or newer")
         if way.cuda_graph and any(layer.is_sliding for layer in self._cache.layers):
             raise InputError("--cuda-graph: this model's attention slides; leave it out")
         self._way, self._steps = way, {}
@@ -86,7 +89,7 @@ class FixedShapes:
 
     def forget(self, tokens: int) -> None:
         """So many tokens were not read after all."""
-        self._cache.crop(-tokens)
+        _shorten(self._cache, tokens)
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         given = {self._name: self._cache, "use_cache": True, "logits_to_keep": 1}
@@ -103,6 +106,17 @@ class FixedShapes:
             # A result of reduce-overhead lies where the next call writes.
             return (lambda ids: step(ids).clone()) if mode else step
         return _captured(self._forward, self.forget, ids) if self._way.cuda_graph else self._forward
+
+
+def _shorten(cache: StaticCache, tokens: int) -> None:
+    """As ``cache.crop(-tokens)``, for which transformers 5.17's layers of fixed length lack theirs."""
+    for layer in cache.layers:
+        if hasattr(layer, "crop"):
+            layer.crop(-tokens)
+            continue
+        layer.cumulative_length.sub_(tokens)
+        if layer.is_sliding:
+            layer.cumulative_length_int -= tokens
 
 
 def _captured(step: Step, forget: Callable[[int], None], ids: torch.Tensor) -> Step:
