@@ -18,6 +18,7 @@ from torch import nn
 from prunekit.allocation import Sensitivity
 from prunekit.arch import find_mlps
 from prunekit.compensate import default_method, rehearse
+from prunekit.compensate.teacher import Verdict
 from prunekit.plan import PrunePlan, plan
 from prunekit.stats import NeuronStats
 
@@ -51,8 +52,8 @@ def planned(
         quiet: no progress bar.
 
     Returns:
-        The plan; where there was a choice its recipe says under ``divergence`` how far either would
-        be from the dense model.
+        The plan; where there was a choice its recipe says under ``rehearsed`` what either would
+        make of the prompts left out: ``loss`` and ``divergence``.
 
     Raises:
         InputError: as `plan` and `choose`.
@@ -64,16 +65,19 @@ def planned(
     even = plan(scores, sparsity, **options)
     if even.widths() == found.widths():
         return found
-    best, divergences = choose(model, [found, even], stats, quiet=quiet)
-    said = dict(zip(("budget", "uniform"), divergences, strict=True))
-    logger.info("divergence from the dense model on prompts held out: %s", said)
-    return replace(best, recipe=found.recipe | {"divergence": said})
+    best, verdicts = choose(model, [found, even], stats, quiet=quiet)
+    said = {
+        name: {"loss": verdict.loss, "divergence": verdict.divergence}
+        for name, verdict in zip(("budget", "uniform"), verdicts, strict=True)
+    }
+    logger.info("on prompts left out: %s", said)
+    return replace(best, recipe=found.recipe | {"rehearsed": said})
 
 
 def choose(
     model: nn.Module, plans: Sequence[PrunePlan], stats: NeuronStats, *, quiet: bool = False
-) -> tuple[PrunePlan, list[float]]:
-    """The plan whose model would stay nearest to the dense one, and how far each would be.
+) -> tuple[PrunePlan, list[Verdict]]:
+    """The plan whose model would be best, by loss and divergence from the dense one together.
 
     Args:
         model: dense; as it was on return.
@@ -82,7 +86,7 @@ def choose(
         quiet: no progress bar.
 
     Returns:
-        A plan, and for each one the mean divergence a token, in nats (`rehearse`).
+        A plan, and what `rehearse` found of each.
 
     Raises:
         InputError: a plan is of another model, or as `rehearse`.
@@ -94,4 +98,5 @@ def choose(
     for each in plans:
         each.check_model(views)
     found = [rehearse(model, views, each.kept, stats, quiet=quiet) for each in plans]
-    return plans[found.index(min(found))], found
+    best = min(range(len(plans)), key=lambda i: found[i].mixed)
+    return plans[best], found

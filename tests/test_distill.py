@@ -12,6 +12,7 @@ import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.batching import Tokens, batches
 from prunekit.compensate import Teacher, sequential
+from prunekit.compensate.teacher import counted_logits
 from prunekit.errors import InputError
 from tests.models import tiny_model
 
@@ -209,7 +210,8 @@ def test_the_share_kept_is_the_best_of_all_for_the_prompts_left_apart(
     def loss(values):
         for weight, value in zip(weights, values, strict=True):
             weight.copy_(value)
-        return sum(teacher.mixed_loss(model, b) for b in batches(apart, 256))
+        said = (teacher.verdict(counted_logits(model, b), b) for b in batches(apart, 256))
+        return sum(each.mixed for each in said)
 
     kept = model.prunekit["distill_share"]
     losses = {share: loss(values) for share, values in seen.items()}
@@ -233,7 +235,7 @@ def test_a_token_counts_as_much_as_its_prompt_weighs(llama, tokenizer, texts):
     assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_the_mixed_loss_is_of_completions_alone_and_of_both_targets(
+def test_a_verdict_is_of_completions_alone_and_of_both_targets(
     llama, tokenizer, texts, monkeypatch
 ):
     """Against each prompt by itself, without batches: the divergence and the loss, weighed."""
@@ -245,7 +247,7 @@ def test_the_mixed_loss_is_of_completions_alone_and_of_both_targets(
     encoded = [Tokens(tuple(tokenizer(text).input_ids), 2) for text in texts if len(text) > 20][:6]
     weights = (1, 0.25, 0, 1, 0.25, 0)
     prompts = [replace(p, weight=w) for p, w in zip(encoded, weights, strict=True)]
-    want = 0.0
+    want = torch.zeros(3)
     for prompt in prompts:
         ids = torch.tensor([prompt.ids])
         with torch.no_grad():
@@ -254,10 +256,12 @@ def test_the_mixed_loss_is_of_completions_alone_and_of_both_targets(
             )
         loss = F.nll_loss(model, ids[0, 2:], reduction="sum")
         divergence = F.kl_div(model, dense, reduction="sum", log_target=True)
-        want += prompt.weight * (loss + divergence).item()
+        want += prompt.weight * torch.stack([divergence, loss, torch.tensor(ids.numel() - 2.0)])
     teacher = taught(llama, prompts)
-    got = sum(teacher.mixed_loss(other, batch) for batch in batches(prompts, 64))
-    assert got == pytest.approx(want, rel=2e-3)
+    with torch.no_grad():
+        said = [teacher.verdict(counted_logits(other, b), b) for b in batches(prompts, 64)]
+    assert torch.tensor(said).sum(0).tolist() == pytest.approx(want.tolist(), rel=2e-3)
+    assert said[0].mixed == said[0].divergence + said[0].loss
 
 
 def test_the_repair_says_what_the_dense_model_says(architecture, tokenizer, texts):

@@ -174,7 +174,7 @@ def _facts(config: PruneConfig, model, chosen: PrunePlan, method: str) -> dict:
         "dense_widths": list(chosen.dense_widths),
         "keep_off_task": config.keep_off_task,
         "compensate": method,
-        "divergence": chosen.recipe.get("divergence"),
+        "rehearsed": chosen.recipe.get("rehearsed"),
         "parameters_dense": parameter_count(model),
     }
 
@@ -395,13 +395,15 @@ def _choose(
 
 def _rehearsed(chosen: PrunePlan) -> str:
     """What budget and uniform widths were worth, where that was tried."""
-    if "divergence" not in chosen.recipe:
+    if "rehearsed" not in chosen.recipe:
         return ""
-    said = chosen.recipe["divergence"]
-    each = ", ".join(f"{name} {value:.4f}" for name, value in said.items())
-    return (
-        f"nats from the dense model on prompts held out: {each}; took {min(said, key=said.get)}\n"
+    said = chosen.recipe["rehearsed"]
+    each = "; ".join(
+        f"{name} {verdict['loss']:.4f}, {verdict['divergence']:.4f} from the dense model"
+        for name, verdict in said.items()
     )
+    best = min(said, key=lambda name: sum(said[name].values()))
+    return f"loss on prompts left out, in nats a token: {each}; took {best}\n"
 
 
 def _widths(chosen: PrunePlan) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from prunekit.arch import MLPView, decoder_layers
 from prunekit.backward import padded, training_only
 from prunekit.batching import Batch, Tokens, batches
-from prunekit.compensate.teacher import Teacher
+from prunekit.compensate.teacher import Teacher, counted_logits
 from prunekit.errors import InputError
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
@@ -148,7 +148,8 @@ def _settle(model, weights, start, end, teacher: Teacher, apart: Sequence[Tokens
     parts, found = list(batches(apart, BATCH_TOKENS)), {}
     for share in SHARES:
         _place(weights, start, end, share)
-        found[share] = sum(teacher.mixed_loss(model, batch) for batch in parts)
+        said = [teacher.verdict(counted_logits(model, batch), batch) for batch in parts]
+        found[share] = sum(each.mixed for each in said)
     best = min(found, key=found.__getitem__)
     _place(weights, start, end, best)
     return best

@@ -10,7 +10,7 @@ from torch import nn
 from prunekit.arch import MLPView
 from prunekit.compensate.sequential import HELD_OUT, walked
 from prunekit.compensate.streams import logits_after
-from prunekit.compensate.teacher import Teacher
+from prunekit.compensate.teacher import Teacher, Verdict, counted
 from prunekit.ops.quick import quick_products
 from prunekit.stats import NeuronStats
 
@@ -24,8 +24,8 @@ def rehearse(
     stats: NeuronStats,
     *,
     quiet: bool = False,
-) -> float:
-    """How far from the dense model the repaired one would be, on prompts that repair nothing.
+) -> Verdict:
+    """What the repaired model would make of prompts that repair nothing.
 
     One batch of prompts in five is left out of the repair, and is asked after it.
 
@@ -33,9 +33,9 @@ def rehearse(
         model, views, kept, stats, quiet: as `sequential` takes them.
 
     Returns:
-        The mean over the tokens of completions, of plain text over all, of
-        KL(dense ‖ pruned) of the next token, in nats; each token weighs as its prompt does.
-        0 where no prompt that was left out has a token to score.
+        The divergence from the dense model and the loss, means over the tokens that were asked, of
+        which each weighs as its prompt does. All 0 where no prompt that was left out has a token to
+        score.
 
     Raises:
         InputError: as `sequential`.
@@ -46,11 +46,11 @@ def rehearse(
     with walked(model, views, kept, stats, whole=False, quiet=quiet) as walk:
         held_out = range(0, len(walk.groups), HELD_OUT)
         teacher = Teacher(stats.prompts)
-        total = weight = 0.0
+        found = []
         for b in held_out:
             batch = walk.groups[b]
             teacher.hear(batch, logits_after(model, walk.layers, batch, walk.dense[b]))
             logits = logits_after(model, walk.layers, batch, walk.pruned[b])
-            found, counted = teacher.divergence_from(logits, batch)
-            total, weight = total + found, weight + counted
-        return total / weight if weight else 0.0
+            found.append(teacher.verdict(counted(logits, batch), batch))
+        divergence, loss, weight = map(sum, zip(*found, strict=True))
+        return Verdict(divergence / weight, loss / weight, weight) if weight else Verdict(0, 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,32 @@ from prunekit.batching import Batch, Tokens
 
 TOP = 64  # next tokens of which each probability is kept; the others' only together
 FLOOR = 1e-6  # of the others' probability: below it fp32's differences from 1 are noise
+
+
+class Verdict(NamedTuple):
+    """What a model makes of completions, of plain text's every token.
+
+    Attributes:
+        divergence: KL(dense ‖ model) of the next token, in nats.
+        loss: of the model by itself, in nats.
+        weight: of these tokens together.
+    """
+
+    divergence: float
+    loss: float
+    weight: float
+
+    @property
+    def mixed(self) -> float:
+        """Both together: what a model is chosen by that shall serve a task and stay what it was.
+
+        Up to a constant twice the cross-entropy against an even mixture of the dense model's next
+        token and the text's.
+
+        Source:
+            Soft and hard targets: Hinton et al., arXiv 1503.02531, section 2.
+        """
+        return self.divergence + self.loss
 
 
 class Teacher:
@@ -36,7 +63,7 @@ class Teacher:
     @torch.no_grad()
     def hear(self, batch: Batch, logits: torch.Tensor) -> None:
         """Keep what the dense model says of a batch of the prompts; logits: [B, S, V]."""
-        top, index = likeliest(_counted(logits, batch))
+        top, index = likeliest(counted(logits, batch))
         pairs = zip(
             _rows(batch),
             top.half().cpu().split(batch.lengths),
@@ -61,38 +88,19 @@ class Teacher:
         return self._weighed(self._divergence(counted_logits(model, batch), batch), batch).sum()
 
     @torch.no_grad()
-    def divergence_from(self, logits: torch.Tensor, batch: Batch) -> tuple[float, float]:
-        """KL(dense ‖ logits) summed over the tokens of completions, and what these weigh together.
+    def verdict(self, logits: torch.Tensor, batch: Batch) -> Verdict:
+        """Sums over the tokens of a batch's completions, each weighing as in `divergence`.
 
-        Tokens weigh as in `divergence`; of plain text all are summed. logits: [B, S, V].
+        Args:
+            logits: of the tokens that are no padding: [T, V].
+            batch: of the teacher's prompts.
         """
-        logits = _counted(logits, batch)
-        scored = (self._labels(batch, logits.device) != IGNORED).float()
-        found = self._divergence(logits, batch) * scored
-        return self._weighed(found, batch).sum().item(), self._weighed(scored, batch).sum().item()
-
-    @torch.no_grad()
-    def mixed_loss(self, model: nn.Module, batch: Batch) -> float:
-        """KL(dense ‖ model) plus the model's own loss, summed over the tokens of completions.
-
-        Up to a constant twice the cross-entropy against an even mixture of the dense model's next
-        token and the text's. Tokens weigh as in `divergence`; of plain text all are summed.
-
-        Source:
-            Soft and hard targets: Hinton et al., arXiv 1503.02531, section 2.
-        """
-        logits = counted_logits(model, batch)
-        labels = self._labels(batch, logits.device)
-        scored = labels != IGNORED
+        labels = next_tokens(batch, batch.ids.to(logits.device)).flatten()
+        labels = labels[batch.counted().to(logits.device)]
+        scored = (labels != IGNORED).float()
         loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
-        found = self._divergence(logits, batch) * scored + loss
-        return self._weighed(found, batch).sum().item()
-
-    @staticmethod
-    def _labels(batch: Batch, device: torch.device) -> torch.Tensor:
-        """[T]: the next token where it is to be scored, elsewhere IGNORED."""
-        labels = next_tokens(batch, batch.ids.to(device))
-        return labels.flatten()[batch.counted().to(device)]
+        each = self._divergence(logits, batch) * scored, loss, scored
+        return Verdict(*(self._weighed(found, batch).sum().item() for found in each))
 
     def _divergence(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         said = [self._said[ids] for ids in _rows(batch)]
@@ -138,8 +146,9 @@ def divergence(logits: torch.Tensor, dense: torch.Tensor, index: torch.Tensor) -
 def counted_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """A model's logits on the tokens of a batch that are no padding: [T, V]."""
     device = next(model.parameters()).device
-    return _counted(model(input_ids=batch.ids.to(device), use_cache=False).logits, batch)
+    return counted(model(input_ids=batch.ids.to(device), use_cache=False).logits, batch)
 
 
-def _counted(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+def counted(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of logits, [B, S, V], those of the tokens that are no padding: [T, V]."""
     return logits.flatten(0, 1)[batch.counted().to(logits.device)]

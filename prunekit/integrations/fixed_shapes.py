@@ -109,7 +109,7 @@ class FixedShapes:
 
 
 def _shorten(cache: StaticCache, tokens: int) -> None:
-    """As ``cache.crop(-tokens)``, for which transformers 5.17's layers of fixed length lack theirs."""
+    """As ``cache.crop(-tokens)``, which transformers 5.17 lacks for layers of fixed length."""
     for layer in cache.layers:
         if hasattr(layer, "crop"):
             layer.crop(-tokens)
