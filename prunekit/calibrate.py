@@ -14,15 +14,17 @@ from prunekit import ops
 from prunekit.arch import MLPView, check_finite, decoder_of, find_mlps, fingerprint
 from prunekit.batching import Batch, Tokens, batches, encode
 from prunekit.corpus import Corpus, as_corpus
+from prunekit.course import Course
 from prunekit.errors import InputError
 from prunekit.files import digest
-from prunekit.gradients import add_gradients, check_gradients
+from prunekit.gradients import add_gradients, check_gradients, output_squares
 from prunekit.observe import observed
 from prunekit.ops.activations import ACTIVATIONS
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
 from prunekit.ranks import share
 from prunekit.stats import NeuronStats, NeuronSums
+from prunekit.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ def calibrate(
     off_task: bool = False,
     max_length: int = 1024,
     batch_tokens: int = 2048,
+    unfinished: str | Path | None = None,
+    resume: bool = False,
     quiet: bool = False,
 ) -> NeuronStats:
     """Gather the statistics that every criterion, strategy and sparsity is computed from.
@@ -134,6 +138,11 @@ def calibrate(
             of what they need.
         max_length: tokens of a prompt that are read.
         batch_tokens: tokens of a batch, padding included; where gradients are gathered, 1024.
+        unfinished: a file to keep what was done in, every five minutes and when Ctrl-C or SIGTERM
+            comes, after the batch under way; of one process. It stays: remove it when the
+            statistics are saved. As large as these.
+        resume: go on from there, to the same statistics, bit by bit; from the beginning where
+            there is no such file.
         quiet: no progress bar.
 
     Returns:
@@ -141,7 +150,8 @@ def calibrate(
 
     Raises:
         InputError: a corpus cannot be read or is empty, the model's MLPs are unknown, or it gives
-            NaN or Inf (the MLP and neuron are named).
+            NaN or Inf (the MLP and neuron are named); ``unfinished`` is of another calibration.
+        Stopped: a signal came, and what was done is kept.
 
     Cost:
         One forward of the decoder over all tokens, without the lm_head; with gram, T·F² FLOP more.
@@ -159,50 +169,9 @@ def calibrate(
     corpora = {"target": [as_corpus(target, tokenizer)]}
     if distractors:
         corpora["distractor"] = [as_corpus(source, tokenizer) for source in distractors]
-    recorder = _Recorder(views)
-    was_training = model.training
-    model.eval()
-    classes: dict[str, list[NeuronSums]] = {}
-    record: list[dict[str, Any]] = []
-    replayed: dict[str, list[Tokens]] = {}
-    squares: dict[str, list[torch.Tensor | None]] = {}
-    try:
-        for name, members in corpora.items():
-            prompts = []
-            for corpus in members:
-                encoded = encode(corpus, tokenizer, max_length)
-                if not encoded:
-                    raise InputError(f"{corpus.name}: no prompt has a token")
-                prompts += encoded
-                record.append(
-                    {
-                        "class": name,
-                        "name": corpus.name,
-                        "hash": corpus.hash,
-                        "prompts": len(encoded),
-                        "tokens": sum(len(p.ids) for p in encoded),
-                    }
-                )
-            whole = off_task or name == "target"
-            wanted = gram and whole
-            if wanted:
-                replayed[name] = prompts
-            recorder.sums = [NeuronSums.zeros(v.width, v.gate.device, gram=wanted) for v in views]
-            label, backwards = f"calibrate {name}", (gradients or taylor) and whole
-            if backwards:
-                found = _run_backwards(model, prompts, recorder, taylor, label, quiet)
-                if wanted:
-                    squares[name] = found
-            else:
-                _run(model, prompts, recorder, batch_tokens, label, quiet)
-            for sums in recorder.sums:
-                sums.add_up_ranks()
-            _check_finite(views, name, recorder.sums)
-            if backwards:
-                check_gradients(views, recorder.sums)
-            classes[name] = [sums.finish() for sums in recorder.sums]
-    finally:
-        model.train(was_training)
+    prompts, record = _encoded(corpora, tokenizer, max_length)
+    whole = [name for name in prompts if off_task or name == "target"]  # all is gathered of these
+    replayed = {name: prompts[name] for name in whole if gram}
     provenance = {
         "model": getattr(model.config, "_name_or_path", ""),
         "config": digest(model.config.to_dict()),
@@ -210,35 +179,105 @@ def calibrate(
         "max_length": max_length,
         "corpora": record,
     }
+    names, print_ = [v.name for v in views], fingerprint(views)
+    asked = [provenance, gram, gradients, taylor, off_task, batch_tokens]
+    if unfinished is not None:
+        asked += [v.gate.sum(dtype=torch.float64).item() for v in views if v.readable]
+    work = Unfinished(names, print_, asked, replayed, unfinished, resume=resume)
+    backwards = whole if gradients or taylor else []
+    for name in backwards:
+        work.squares.setdefault(name, output_squares(views, prompts[name]))
+    recorder = _Recorder(views)
+    was_training = model.training
+    model.eval()
+    try:
+        through = list(work.classes)[:-1]
+        for name in [name for name in prompts if name not in through]:
+            recorder.sums, course = _begun(work, views, name, gram and name in whole)
+            label = f"calibrate {name}"
+            if name in backwards:
+                options = {"taylor": taylor, "course": course, "squares": work.squares[name]}
+                _run_backwards(model, prompts[name], recorder, options, label, quiet)
+            else:
+                _run(model, prompts[name], recorder, batch_tokens, course, label, quiet)
+            for sums in recorder.sums:
+                sums.add_up_ranks()
+            _check_finite(views, name, recorder.sums)
+            if name in backwards:
+                check_gradients(views, recorder.sums)
+            for sums in recorder.sums:
+                sums.finish()
+    finally:
+        model.train(was_training)
+    found = {name: work.squares.get(name) for name in replayed}
     return NeuronStats(
-        [v.name for v in views],
-        classes,
-        fingerprint(views),
+        names,
+        work.classes,
+        print_,
         provenance,
         replayed.get("target"),
-        squares.get("target"),
+        found.get("target"),
         replayed.get("distractor"),
-        squares.get("distractor"),
+        found.get("distractor"),
     )
 
 
-def _run(model, prompts, recorder: _Recorder, batch_tokens: int, label: str, quiet: bool) -> None:
+def _encoded(
+    corpora: dict[str, list[Corpus]], tokenizer: Any, max_length: int
+) -> tuple[dict[str, list[Tokens]], list[dict[str, Any]]]:
+    """Each class's prompts, and what the provenance says of its corpora."""
+    prompts: dict[str, list[Tokens]] = {}
+    record = []
+    for name, members in corpora.items():
+        prompts[name] = []
+        for corpus in members:
+            encoded = encode(corpus, tokenizer, max_length)
+            if not encoded:
+                raise InputError(f"{corpus.name}: no prompt has a token")
+            prompts[name] += encoded
+            record.append(
+                {
+                    "class": name,
+                    "name": corpus.name,
+                    "hash": corpus.hash,
+                    "prompts": len(encoded),
+                    "tokens": sum(len(p.ids) for p in encoded),
+                }
+            )
+    return prompts, record
+
+
+def _begun(
+    work: Unfinished, views: list[MLPView], name: str, gram: bool
+) -> tuple[list[NeuronSums], Course]:
+    """A class's sums and the course over its batches: from the start, or from where it stopped."""
+    done = work.done if name in work.classes else 0
+    if name in work.classes:
+        for view, sums in zip(views, work.classes[name], strict=True):
+            sums.to(view.gate.device)
+    else:
+        work.classes[name] = [NeuronSums.zeros(v.width, v.gate.device, gram=gram) for v in views]
+    return work.classes[name], Course(done, work.keep if work.keeps else None)
+
+
+def _run(
+    model, prompts, recorder: _Recorder, batch_tokens: int, course: Course, label: str, quiet: bool
+) -> None:
     groups = share(list(batches(prompts, batch_tokens)))
     total = sum(batch.tokens for batch in groups)
     taps = observed(recorder.views, recorder, recorder.mlp)
     with taps, progress_bar(total, label, "tok", quiet=quiet) as bar:
-        for batch in groups:
+        bar.update(sum(batch.tokens for batch in groups[: course.done]))
+        for batch in course.over(groups):
             recorder.begin(batch)
             forward_decoder(model, batch)
             bar.update(batch.tokens)
 
 
-def _run_backwards(
-    model, prompts, recorder: _Recorder, taylor: bool, label: str, quiet: bool
-) -> list[torch.Tensor | None]:
-    options = {"taylor": taylor, "begin": recorder.begin, "label": label, "quiet": quiet}
+def _run_backwards(model, prompts, recorder: _Recorder, options: dict, label, quiet) -> None:
+    options |= {"begin": recorder.begin, "label": label, "quiet": quiet}
     with observed(recorder.views, recorder.differentiable):
-        return add_gradients(model, recorder.views, prompts, recorder.sums, **options)
+        add_gradients(model, recorder.views, prompts, recorder.sums, **options)
 
 
 def _check_finite(views: list[MLPView], name: str, many: list[NeuronSums]) -> None:

@@ -51,6 +51,7 @@ class CalibrateConfig:
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
     dtype: str = option("auto", _DTYPE, choices=DTYPES)
+    resume: bool = option(False, "go on from STATS.unfinished, where a calibration was stopped")
     quiet: bool = option(False, "no progress bar")
 
 

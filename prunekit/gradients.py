@@ -18,6 +18,7 @@ from prunekit import ops, ranks
 from prunekit.arch import MLPView, Slot
 from prunekit.backward import loss_backward, padded, training_only
 from prunekit.batching import Batch, Tokens, batches
+from prunekit.course import Course
 from prunekit.errors import InputError
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronSums
@@ -33,6 +34,8 @@ def add_gradients(
     *,
     taylor: bool = False,
     begin: Callable[[Batch], None] | None = None,
+    course: Course | None = None,
+    squares: list[torch.Tensor | None] | None = None,
     label: str = "gradients",
     quiet: bool = False,
 ) -> list[torch.Tensor | None]:
@@ -48,8 +51,11 @@ def add_gradients(
         views: its MLPs.
         prompts: encoded; one without a token to score adds nothing.
         sums: one an MLP, changed in place; `gradient_gram` holds its upper triangle until `finish`.
+            What is there already is added to.
         taylor: also gather the weights' gradients.
         begin: told of each batch, as it is padded, before it runs.
+        course: the batches' that are left.
+        squares: what is returned, from `output_squares`, where whoever stops this must have it.
         label: of the progress bar.
         quiet: no progress bar.
 
@@ -72,37 +78,56 @@ def add_gradients(
                 "gradients need them as numbers in memory: use a smaller model, or bf16"
             )
         device = view.gate.device
-        mine.gradient_gram = torch.zeros(2 * view.down.shape[:1], device=device)
-        if taylor:
+        if mine.gradient_gram is None:
+            mine.gradient_gram = torch.zeros(2 * view.down.shape[:1], device=device)
+        if taylor and mine.taylor is None:
             mine.taylor = torch.zeros(view.width, dtype=torch.float64, device=device)
-    return _run(model, views, prompts, sums, taylor, begin, label, quiet)
+    squares = output_squares(views, prompts) if squares is None else squares
+    _run(model, views, prompts, sums, squares, taylor, begin, course or Course(), label, quiet)
+    return squares
+
+
+def output_squares(views: list[MLPView], prompts: Sequence[Tokens]) -> list[torch.Tensor | None]:
+    """Room for ‖g‖² of every token of the prompts: zeros, [T] an MLP, None for an expert."""
+    total = sum(len(p.ids) for p in prompts)
+    return [None if v.kind == "experts" else torch.zeros(total) for v in views]
 
 
 def output_gradients(
     model: nn.Module, views: list[MLPView], prompts: Sequence[Tokens], *, quiet: bool = False
 ) -> list[torch.Tensor | None]:
     """What `add_gradients` returns, where nothing else is wanted of it."""
-    return _run(model, views, prompts, None, False, None, "gradients", quiet)
+    squares = output_squares(views, prompts)
+    _run(model, views, prompts, None, squares, False, None, Course(), "gradients", quiet)
+    return squares
 
 
 def _run(
-    model, views, prompts, sums, taylor: bool, begin, label: str, quiet: bool
-) -> list[torch.Tensor | None]:
+    model, views, prompts, sums, squares, taylor: bool, begin, course: Course, label, quiet
+) -> None:
     if not any(max(p.scored, 1) < len(p.ids) for p in prompts):
         prompts = [replace(p, scored=0) for p in prompts]
     groups = [
         replace(batch, ids=padded(batch))
         for batch in ranks.share(list(batches(prompts, 1 if taylor else BATCH_TOKENS)))
     ]
-    outputs = _Outputs(views, sums, prompts)
+    outputs = _Outputs(views, sums, prompts, squares)
     if groups:
-        _run_groups(model, views, groups, sums, outputs, taylor, begin, label, quiet)
-    ranks.add_up_(outputs.squares)
-    return outputs.squares
+        _run_groups(model, views, groups, sums, outputs, taylor, begin, course, label, quiet)
+    ranks.add_up_(squares)
 
 
 def _run_groups(
-    model, views, groups: list[Batch], sums, outputs: _Outputs, taylor: bool, begin, label, quiet
+    model,
+    views,
+    groups: list[Batch],
+    sums,
+    outputs: _Outputs,
+    taylor: bool,
+    begin,
+    course,
+    label,
+    quiet,
 ) -> None:
     total = sum(batch.tokens for batch in groups)
     with ExitStack() as stack:
@@ -113,7 +138,8 @@ def _run_groups(
         bar = stack.enter_context(progress_bar(total, label, "tok", quiet=quiet))
         # Longest first, as batches come: what later ones need fits where earlier ones were, where
         # any other order left the allocator with five times the memory in pieces.
-        for batch in groups:
+        bar.update(sum(batch.tokens for batch in groups[: course.done]))
+        for batch in course.over(groups):
             outputs.batch = batch
             if begin is not None:
                 begin(batch)
@@ -169,13 +195,15 @@ class _Outputs:
     """The gradients at the MLPs' outputs, as the backward reaches them."""
 
     def __init__(
-        self, views: list[MLPView], sums: list[NeuronSums] | None, prompts: Sequence[Tokens]
+        self,
+        views: list[MLPView],
+        sums: list[NeuronSums] | None,
+        prompts: Sequence[Tokens],
+        squares: list[torch.Tensor | None],
     ):
-        self.views, self.sums = views, sums
+        self.views, self.sums, self.squares = views, sums, squares
         lengths = torch.tensor([len(p.ids) for p in prompts])
         self.starts = (lengths.cumsum(0) - lengths).tolist()
-        total = int(lengths.sum())
-        self.squares = [None if v.kind == "experts" else torch.zeros(total) for v in views]
         self.batch: Batch | None = None
 
     @contextmanager

@@ -27,6 +27,7 @@ from prunekit.ops.gated_act_stats import (
 from prunekit.values import conform
 
 _KIND = "neuron-stats"
+_UNFINISHED = "unfinished neuron-stats"
 _SUMS = (
     "prompt_sum",
     "prompt_square_sum",
@@ -158,13 +159,20 @@ class NeuronSums:
             **{n: None if value is None else weight * value for n, value in optional.items()},
         )
 
-    def finish(self) -> NeuronSums:
-        """Move to the CPU and mirror the Gram matrices, in place: the end of a calibration."""
+    def to(self, device: torch.device | str) -> NeuronSums:
+        """Move to a device, in place."""
         for name in (*_SUMS, "max_abs", *_OPTIONAL):
             value = getattr(self, name)
             if value is not None:
-                value = value.cpu()
-                setattr(self, name, ops.symmetrize_(value) if name in _MATRICES else value)
+                setattr(self, name, value.to(device))
+        return self
+
+    def finish(self) -> NeuronSums:
+        """Move to the CPU and mirror the Gram matrices, in place: the end of a calibration."""
+        self.to("cpu")
+        for name in _MATRICES:
+            if getattr(self, name) is not None:
+                setattr(self, name, ops.symmetrize_(getattr(self, name)))
         return self
 
     def check_shapes(self) -> None:
@@ -285,8 +293,8 @@ class NeuronStats:
             join_squares(self.distractor_squares, other.distractor_squares),
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write safetensors with a JSON header."""
+    def save(self, path: str | Path, *, finished: bool = True) -> None:
+        """Write safetensors with a JSON header; a calibration under way is of another kind."""
         tensors: dict[str, torch.Tensor] = {}
         counts: dict[str, list[tuple[int, int]]] = {}
         for name, many in self.classes.items():
@@ -306,16 +314,16 @@ class NeuronStats:
             "fingerprint": self.fingerprint,
             "provenance": self.provenance,
         }
-        files.write_tensors(path, tensors, _KIND, header)
+        files.write_tensors(path, tensors, _KIND if finished else _UNFINISHED, header)
 
     @classmethod
-    def load(cls, path: str | Path) -> NeuronStats:
-        """Read what `save` wrote.
+    def load(cls, path: str | Path, *, finished: bool = True) -> NeuronStats:
+        """Read what `save` wrote, of this kind.
 
         Raises:
             InputError: the file is missing, cut short, or of another kind.
         """
-        tensors, header = files.read_tensors(path, _KIND)
+        tensors, header = files.read_tensors(path, _KIND if finished else _UNFINISHED)
         classes: dict[str, list[NeuronSums]] = {}
         try:
             conform(header, _HEADER, "header")

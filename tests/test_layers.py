@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("config", "errors", "files", "progress", "ranks", "values"),
+    ("config", "course", "errors", "files", "progress", "ranks", "values"),
     ("prunekit_kernels",),
     ("ops",),
-    ("arch", "stats", "nn", "observe", "corpus", "batching", "contrast"),
+    ("arch", "stats", "unfinished", "nn", "observe", "corpus", "batching", "contrast"),
     ("backward", "gradients"),
     ("criteria", "allocation", "plan", "compact", "compensate", "choose"),
     ("checkpoint", "calibrate"),

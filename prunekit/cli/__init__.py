@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from prunekit.cli.output import Output
 from prunekit.cli.parser import Parser, add_options, to_config
+from prunekit.course import Stopped
 from prunekit.errors import CheckError, InputError
 from prunekit.ops.registry import BackendError, check_forced
 from prunekit.ranks import started
@@ -100,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Stopped as error:
+        print(f"prunekit {namespace.verb}: {error}; --resume goes on", file=sys.stderr)
+        return 128 + error.signal
     except KeyboardInterrupt:
         print("prunekit: interrupted", file=sys.stderr)
         return 130

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prunekit.calibrate import calibrate
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
@@ -9,7 +11,7 @@ from prunekit.config import CalibrateConfig
 from prunekit.errors import InputError
 from prunekit.files import check_output_file
 from prunekit.integrations.loading import load, load_tokenizer
-from prunekit.ranks import meeting
+from prunekit.ranks import meeting, started
 from prunekit.stats import NeuronStats
 
 CONFIG = CalibrateConfig
@@ -26,7 +28,11 @@ def run(config: CalibrateConfig, output: Output) -> int:
         raise InputError("needs --target FILE and -o STATS; see `prunekit calibrate --help`")
     if config.off_task and not config.distractor:
         raise InputError("--off-task: needs --distractor FILE")
+    alone = started() == 1
+    if config.resume and not alone:
+        raise InputError("--resume: only one process keeps what it did; leave torchrun out")
     check_output_file(config.output)
+    unfinished = Path(f"{config.output}.unfinished")
     tokenizer = load_tokenizer(config.model)
     target = joined(corpora(config.target, tokenizer, config.limit))
     distractors = corpora(config.distractor, tokenizer, config.limit)
@@ -43,11 +49,14 @@ def run(config: CalibrateConfig, output: Output) -> int:
             off_task=config.off_task,
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
+            unfinished=unfinished if alone else None,
+            resume=config.resume,
             quiet=config.quiet or rank > 0,
         )
         if rank > 0:
             return 0
     stats.save(config.output)
+    unfinished.unlink(missing_ok=True)
     describe_stats(stats, output)
     output.line(f"saved {config.output}")
     output.json({"output": config.output, **summary(stats)})
