@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -74,13 +75,8 @@ class Course:
         Raises:
             Stopped: Ctrl-C or SIGTERM came during the last one, and what was done is kept.
         """
-        if self._keep is None:
-            for batch in batches[self.done :]:
-                yield batch
-                self.done += 1
-            return
-        with signals_noted() as came:
-            due = time.monotonic() + KEEP_S
+        with nullcontext([]) if self._keep is None else signals_noted() as came:
+            due = math.inf if self._keep is None else time.monotonic() + KEEP_S
             for batch in batches[self.done :]:
                 yield batch
                 self.done += 1

@@ -54,7 +54,7 @@ def add_gradients(
             What is there already is added to.
         taylor: also gather the weights' gradients.
         begin: told of each batch, as it is padded, before it runs.
-        course: the batches' that are left.
+        course: says which batches are left, and may stop between two.
         squares: what is returned, from `output_squares`, where whoever stops this must have it.
         label: of the progress bar.
         quiet: no progress bar.

@@ -65,7 +65,10 @@ class Unfinished:
             conform(state, _STATE, "unfinished")
         except ValueError as error:
             raise InputError(f"{self._path}: {error}") from error
-        if state["key"] != self._key or list(stats.classes)[-1] != state["class"]:
+        fits = stats.fingerprint == self._fingerprint and list(stats.classes)[-1:] == [
+            state["class"]
+        ]
+        if state["key"] != self._key or not fits or state["done"] < 0:
             raise InputError(
                 f"{self._path}: is of another model, corpora or options; give those, or leave out "
                 "--resume to begin anew"

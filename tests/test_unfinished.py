@@ -118,6 +118,19 @@ def test_what_another_calibration_left_is_refused(
         pk.calibrate(llama, tokenizer, texts, resume=True, **options)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [None, {}, {"key": 1, "class": "target", "done": 1}, {"key": "", "class": "t", "done": 1}],
+)
+def test_a_broken_file_is_refused(llama, tokenizer, texts, tmp_path, state):
+    options = {"unfinished": tmp_path / "s", "resume": True, "quiet": True}
+    stats = pk.calibrate(llama, tokenizer, texts, quiet=True)
+    stats.provenance["unfinished"] = state
+    stats.save(tmp_path / "s", finished=False)
+    with pytest.raises(InputError, match=r"unfinished|another model"):
+        pk.calibrate(llama, tokenizer, texts, **options)
+
+
 def test_what_is_unfinished_is_no_statistics_and_they_are_not_unfinished(
     llama, tokenizer, texts, tmp_path, stopped_after
 ):
