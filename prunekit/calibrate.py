@@ -162,7 +162,7 @@ def calibrate(
         The statistics of arXiv 2604.27115 and of the criteria in `prunekit.criteria`.
     """
     if max_length < 1 or batch_tokens < 1:
-        raise InputError("calibrate: max_length and batch_tokens must be at least 1")
+        raise InputError("max_length and batch_tokens: must be at least 1")
     views = find_mlps(model, verify=False)
     check_finite(model, views)
     views = find_mlps(model)

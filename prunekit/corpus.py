@@ -85,7 +85,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if name.startswith("hf:"):
         rows = _dataset_rows(name[3:])
     elif not path.is_file():
-        raise InputError(f"{name}: no such file")
+        raise InputError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
     elif path.suffix == ".csv":
         rows = _csv_rows(path)
     else:

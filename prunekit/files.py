@@ -202,7 +202,8 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
     """
     header = read_header(path)
     if header.get("kind") != kind or header.get("version") != 1:
-        found = f"{header.get('kind', 'no prunekit file')} version {header.get('version', '-')}"
+        known = "kind" in header
+        found = f"{header['kind']} version {header.get('version')}" if known else "no prunekit file"
         raise InputError(f"{path}: is {found}, expected {kind} version 1")
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118

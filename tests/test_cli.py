@@ -28,7 +28,8 @@ def corpus(tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    """Exit status, standard output, standard error."""
+    """Exit status, standard output, standard error; what fixtures printed before is left out."""
+    capsys.readouterr()
     try:
         status = main([str(a) for a in arguments])
     except SystemExit as stop:
@@ -198,7 +199,7 @@ def test_dry_run_writes_nothing(capsys, tmp_path, folder, corpus):
 @pytest.mark.parametrize("criterion", ["auto", "wanda"])
 def test_a_budget_shares_out_what_uniform_would_keep(capsys, tmp_path, folder, corpus, criterion):
     """Whatever scores, Fisher shares out; the checkpoint's widths differ, and it is loaded."""
-    options = ("--sparsity", 0.5, "--multiple-of", 8, "--quiet")
+    options = ("--sparsity", 0.5, "--multiple-of", 8, "--compensate", "lstsq", "--quiet")
     given = ("--target", corpus, "--criterion", criterion, "--allocation", "budget", *options)
     status, text, _ = run(capsys, "prune", folder, *given, "--dry-run")
     assert status == 0
@@ -213,6 +214,22 @@ def test_a_budget_shares_out_what_uniform_would_keep(capsys, tmp_path, folder, c
     status, text, _ = run(capsys, "inspect", out)
     assert status == 0
     assert f"{widths[0]}, {widths[1]}" in text
+
+
+def test_a_budget_is_rehearsed_where_the_repair_is_sequential(capsys, tmp_path, folder, corpus):
+    options = ("--sparsity", 0.5, "--multiple-of", 8, "--allocation", "budget", "--quiet")
+    out = tmp_path / "out"
+    status, text, _ = run(capsys, "prune", folder, "--target", corpus, *options, "-o", out)
+    assert status == 0
+    (line,) = [x for x in text.splitlines() if x.startswith("loss on prompts left out")]
+    said = pk.PrunePlan.load(out / "plan.safetensors").recipe["rehearsed"]
+    for name, verdict in said.items():
+        shown = f"{name} {verdict['loss']:.4f}, {verdict['divergence']:.4f} from the dense model"
+        assert shown in line
+    better = min(said, key=lambda name: sum(said[name].values()))
+    assert line.endswith(f"; took {better}")
+    widths = {view.width for view in find_mlps(pk.load(out))}
+    assert (len(widths) > 1) is (better == "budget")
 
 
 def test_a_model_is_pruned_without_being_loaded(capsys, tmp_path, folder, corpus):
@@ -499,7 +516,8 @@ def test_help_teaches_by_example(capsys):
         ("prune MODEL --target STRANGE --sparsity 0.2 -o OUT", "no usable column; have question"),
         ("prune MODEL --target EMPTY --sparsity 0.2 -o OUT", "the corpus is empty"),
         ("prune MODEL --target CORPUS --sparsity 1.0 -o OUT", "expected a fraction with 0 <"),
-        ("prune MODEL --target CORPUS --sparsity 0 -o OUT", "expected a fraction with 0 <"),
+        ("prune MODEL --target CORPUS --sparsity 0 -o OUT", "needs a goal: one of --sparsity"),
+        ("prune MODEL --target CORPUS --sparsity -1 -o OUT", "expected a fraction with 0 <"),
         ("prune MODEL --target CORPUS --sparsity x -o OUT", "invalid float value: 'x'"),
         (
             "prune MODEL --target CORPUS --sparsity 0.2 --criterion best -o OUT",

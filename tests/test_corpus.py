@@ -68,7 +68,7 @@ def test_what_is_no_text_file_is_refused(tmp_path):
         read_corpus(tmp_path / "c.jsonl")
     with pytest.raises(InputError, match="no such file"):
         read_corpus(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="is a folder"):
         read_corpus(tmp_path)
 
 

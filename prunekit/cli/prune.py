@@ -293,7 +293,10 @@ def _check_goal(config: PruneConfig) -> None:
     given = ["--" + name.replace("_", "-") for name in _GOALS if getattr(config, name)]
     if len(given) > 1:
         raise InputError(f"got {' and '.join(given)}; expected one of them")
-    if not given or config.sparsity:
+    if not given:
+        names = ", ".join("--" + name.replace("_", "-") for name in _GOALS)
+        raise InputError(f"needs a goal: one of {names}")
+    if config.sparsity:
         check_sparsity(config.sparsity)
     if config.target_bytes:
         parse_bytes(config.target_bytes)
@@ -377,7 +380,7 @@ def _choose(
     }
     goals = {name: getattr(config, name) for name in ("target_bytes", "target_speedup")}
     recipe |= {name: goal for name, goal in goals.items() if goal}
-    return planned(
+    chosen = planned(
         model,
         stats,
         scores,
@@ -391,6 +394,12 @@ def _choose(
         seed=config.seed,
         recipe=recipe,
     )
+    if sparsity and chosen.sparsity == 0:
+        raise InputError(
+            f"--multiple-of {config.multiple_of}: {sparsity:.2%} of {max(chosen.dense_widths)} "
+            "neurons rounds to none removed; take a smaller multiple, or a higher sparsity"
+        )
+    return chosen
 
 
 def _rehearsed(chosen: PrunePlan) -> str:

@@ -81,7 +81,9 @@ def run(config: RecoverConfig, output: Output) -> int:
 
 def _check(config: RecoverConfig, chosen: Settings) -> None:
     if not config.output or bool(config.data) == bool(config.task):
-        raise InputError("needs --data FILE or --task NAME, and -o OUT; see `recover --help`")
+        raise InputError(
+            "needs --data FILE or --task NAME, and -o OUT; see `prunekit recover --help`"
+        )
     check_output_folder(config.output, force=config.force)
     if config.task and config.examples < 1:
         raise InputError(f"--examples: got {config.examples}; expected at least 1")

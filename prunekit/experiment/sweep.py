@@ -84,7 +84,7 @@ def sweep(
 
     Raises:
         InputError: something named in the protocol cannot be read, the folder has results and
-            ``resume`` is not set, or what they were made from differs.
+            ``resume`` is not set, is another's, or what they were made from differs.
 
     Cost:
         One calibration; each cell its own pruning, forwards and generations. The dense model, and
@@ -93,6 +93,8 @@ def sweep(
     out = Path(out)
     if (out / NAME).is_file() and (out / NAME).stat().st_size and not resume:
         raise InputError(f"{out}: has results; pass --resume to go on, or another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / NAME).is_file():
+        raise InputError(f"{out}: is not empty and no run; name another --out")
     tokenizer = load_tokenizer(protocol.model)
     material = read_material(protocol, tokenizer, allow_code_execution=allow_code_execution)
     facts = facts_of(protocol, material, tokenizer)
