@@ -399,6 +399,7 @@ def test_bench_rows_say_their_units(capsys, folder):
     assert (rows[0]["bound"], float(rows[1]["bound"]) > 1) == ("", True)
 
 
+@pytest.mark.slow
 def test_bench_compares_within_each_dtype_and_draws_it(capsys, tmp_path, folder):
     page = tmp_path / "speed.html"
     given = ("bench", folder, "--neurons", "48", *BENCH)

@@ -49,6 +49,7 @@ def suite(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_what_is_as_fast_passes_and_all_else_is_said(suite, tmp_path):
     status, said = suite("--prunekit-save")
     assert status == 0, said

@@ -1,6 +1,7 @@
 """A calibration that is stopped goes on from where it was, to the same statistics bit by bit."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -18,8 +19,12 @@ from prunekit.stats import NeuronStats
 from tests.models import tiny_model
 from tests.vocabularies import byte_level
 
-EVERYTHING = {"gram": True, "gradients": True, "taylor": True, "off_task": True}
-WAYS = [{}, {"gram": True}, {"gram": True, "gradients": True}, EVERYTHING]
+WAYS = {
+    "plain": {},
+    "gram": {"gram": True},
+    "gradients": {"gram": True, "gradients": True},
+    "everything": {"gram": True, "gradients": True, "taylor": True, "off_task": True},
+}
 
 
 def same(one, other):
@@ -62,12 +67,16 @@ def stopped_after(monkeypatch):
     return set_up
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("options", WAYS, ids=["plain", "gram", "gradients", "everything"])
-@pytest.mark.parametrize("count", [1, 3, 9])
-def test_it_goes_on_to_the_same(name, options, count, tokenizer, texts, tmp_path, stopped_after):
+@pytest.mark.parametrize(
+    ("name", "way", "count"),
+    [
+        *(("llama", way, count) for way in WAYS for count in (1, 9)),
+        *(("mixtral", way, 3) for way in ("gradients", "everything")),
+    ],
+)
+def test_it_goes_on_to_the_same(name, way, count, tokenizer, texts, tmp_path, stopped_after):
     model, file = tiny_model(name), tmp_path / "s.unfinished"
-    both = {"distractors": [texts[3:]], "batch_tokens": 40, "quiet": True, **options}
+    both = {"distractors": [texts[3:]], "batch_tokens": 40, "quiet": True, **WAYS[way]}
     want = pk.calibrate(model, tokenizer, texts[:4], **both)
     stopped_after(count)
     with pytest.raises(Stopped, match="SIGTERM"):
@@ -174,13 +183,20 @@ def test_keeping_takes_a_small_part_of_the_time(monkeypatch):
     assert len(kept) == 5
 
 
-def test_a_second_signal_acts_as_ever_and_all_do_afterwards():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a person's Python has it: what runs tests may have set it aside."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_as_ever_and_all_do_afterwards(ctrl_c):
     with pytest.raises(KeyboardInterrupt), signals_noted() as came:
         signal.raise_signal(signal.SIGINT)
         assert came == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def corpus(path, texts):
@@ -203,7 +219,9 @@ def job(tmp_path, texts):
     return ("calibrate", folder, *options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_the_verb_is_stopped_and_goes_on(job, tmp_path, number):
     file = tmp_path / "s.stats"
     assert main([*map(str, job), "-o", str(tmp_path / "want")]) == 0
@@ -233,3 +251,33 @@ def test_the_processes_of_torchrun_keep_nothing(monkeypatch, capsys, tmp_path):
     arguments = ["calibrate", "m", "--target", "t", "-o", str(tmp_path / "s"), "--resume"]
     assert main(arguments) == 2
     assert "--resume: only one process" in capsys.readouterr().err
+
+
+_EAGER = (
+    "import sys; from prunekit import course; course.KEEP_S, course.KEEP_SHARE = 0.0, 1e9; "
+    "from prunekit.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same(job, tmp_path):
+    """Ten times in a row, each a kill -9 while every batch is kept; then it is let go on."""
+    file, kept, draw = tmp_path / "s.stats", tmp_path / "s.stats.unfinished", random.Random(5)
+    assert main([*map(str, job), "-o", str(tmp_path / "want")]) == 0
+    command = [sys.executable, "-c", _EAGER, *map(str, job), "-o", file, "--resume"]
+    done = []
+    for _ in range(10):
+        before = kept.stat().st_mtime_ns if kept.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not (kept.exists() and kept.stat().st_mtime_ns > before):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert not file.exists()
+        done.append(NeuronStats.load(kept, finished=False).provenance["unfinished"]["done"])
+    assert done == sorted(set(done))  # each went further than the one before
+    assert main([*map(str, job), "-o", str(file), "--resume"]) == 0
+    same(NeuronStats.load(file), NeuronStats.load(tmp_path / "want"))
+    assert {path.name for path in tmp_path.iterdir()} >= {"model", "t.jsonl", "want", "s.stats"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".s.stats")]
