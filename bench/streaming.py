@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from prunekit.checkpoint.shards import INDEX, Shards
-from prunekit.checkpoint.writer import write_shard
+from prunekit.tensors import write_shard
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
 SHAPE |= {"num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False}

@@ -361,7 +361,7 @@ def find_mlps(model: nn.Module, *, verify: bool = True) -> list[MLPView]:
                 break
     _check_complete(model, decoder, views)
     if verify:
-        _verify(views)
+        verify_views(views)
     return views
 
 
@@ -394,7 +394,12 @@ def _random_input(view: MLPView) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _verify(views: list[MLPView]) -> None:
+def verify_views(views: list[MLPView]) -> None:
+    """Run one module of each class against its view's formula, where its weights are in memory.
+
+    Raises:
+        InputError: a module computes another function.
+    """
     checked: set[type] = set()
     for view in views:
         unreadable = not view.readable or holds_attention(view.module)
@@ -454,6 +459,12 @@ def decoder_layers(model: nn.Module, views: list[MLPView]) -> list[nn.Module]:
                 found.append(layer)
                 covered |= inside
     return found
+
+
+def members(layer: nn.Module, views: Sequence[MLPView]) -> list[int]:
+    """Which of the views lie in a decoder layer: their positions."""
+    inside = {id(part) for part in layer.modules()}
+    return [i for i, view in enumerate(views) if id(view.module) in inside]
 
 
 def fingerprint(views: list[MLPView], widths: Sequence[int] | None = None) -> str:

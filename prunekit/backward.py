@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from prunekit.batching import Batch
 # Lengths are rounded up to a multiple of this by padding on the right, which no token sees: the
 # CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
 _ROUND = 32
-_HEAD_BYTES = 1 << 26  # of fp32 logits at a time
+_HEAD_BYTES = 1 << 25  # of fp32 logits at a time
 IGNORED = -100  # cross_entropy's label for what is not to be scored
 KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
 
@@ -54,6 +55,11 @@ def calling_instead(module: nn.Module, forward: Callable) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
+
+
+def hand_on(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+    """The forward of a decoder layer that is idle."""
+    return hidden_states
 
 
 @contextmanager

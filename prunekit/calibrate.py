@@ -31,15 +31,18 @@ logger = logging.getLogger(__name__)
 Source = str | Path | Corpus | Sequence[str]
 
 
-class _Recorder:
+class Recorder:
     """The taps of a calibration: compute h, and add its statistics to the current class.
 
     Where it runs backwards, a batch counts once, from `begin` on: layers may run again for that.
+
+    Args:
+        views: the MLPs.
+        sums: theirs of the current class.
     """
 
-    def __init__(self, views: list[MLPView]):
-        self.views = views
-        self.sums: list[NeuronSums] = []
+    def __init__(self, views: list[MLPView], sums: Sequence[NeuronSums] = ()):
+        self.views, self.sums = views, sums
         self.batch_spans = torch.zeros(0, 2, dtype=torch.int64)
         self.awaited: set[int] = set()  # MLPs that this batch has not reached yet
 
@@ -161,24 +164,14 @@ def calibrate(
     Source:
         The statistics of arXiv 2604.27115 and of the criteria in `prunekit.criteria`.
     """
-    if max_length < 1 or batch_tokens < 1:
-        raise InputError("max_length and batch_tokens: must be at least 1")
+    check_sizes(max_length, batch_tokens)
     views = find_mlps(model, verify=False)
     check_finite(model, views)
     views = find_mlps(model)
-    corpora = {"target": [as_corpus(target, tokenizer)]}
-    if distractors:
-        corpora["distractor"] = [as_corpus(source, tokenizer) for source in distractors]
-    prompts, record = _encoded(corpora, tokenizer, max_length)
+    prompts, record = encoded(target, distractors, tokenizer, max_length)
     whole = [name for name in prompts if off_task or name == "target"]  # all is gathered of these
     replayed = {name: prompts[name] for name in whole if gram}
-    provenance = {
-        "model": getattr(model.config, "_name_or_path", ""),
-        "config": digest(model.config.to_dict()),
-        "dtype": str(views[0].gate.dtype).removeprefix("torch."),
-        "max_length": max_length,
-        "corpora": record,
-    }
+    provenance = provenance_of(model, views, max_length, record)
     names, print_ = [v.name for v in views], fingerprint(views)
     asked = [provenance, gram, gradients, taylor, off_task, batch_tokens]
     if unfinished is not None:
@@ -187,7 +180,7 @@ def calibrate(
     backwards = whole if gradients or taylor else []
     for name in backwards:
         work.squares.setdefault(name, output_squares(views, prompts[name]))
-    recorder = _Recorder(views)
+    recorder = Recorder(views)
     was_training = model.training
     model.eval()
     try:
@@ -202,7 +195,7 @@ def calibrate(
                 _run(model, prompts[name], recorder, batch_tokens, course, label, quiet)
             for sums in recorder.sums:
                 sums.add_up_ranks()
-            _check_finite(views, name, recorder.sums)
+            check_sums(views, name, recorder.sums)
             if name in backwards:
                 check_gradients(views, recorder.sums)
             for sums in recorder.sums:
@@ -222,29 +215,51 @@ def calibrate(
     )
 
 
-def _encoded(
-    corpora: dict[str, list[Corpus]], tokenizer: Any, max_length: int
+def check_sizes(max_length: int, batch_tokens: int) -> None:
+    """Raise InputError unless prompts and batches may have a token."""
+    if max_length < 1 or batch_tokens < 1:
+        raise InputError("max_length and batch_tokens: must be at least 1")
+
+
+def encoded(
+    target: Source, distractors: Sequence[Source], tokenizer: Any, max_length: int
 ) -> tuple[dict[str, list[Tokens]], list[dict[str, Any]]]:
     """Each class's prompts, and what the provenance says of its corpora."""
+    corpora = {"target": [as_corpus(target, tokenizer)]}
+    if distractors:
+        corpora["distractor"] = [as_corpus(source, tokenizer) for source in distractors]
     prompts: dict[str, list[Tokens]] = {}
     record = []
     for name, members in corpora.items():
         prompts[name] = []
         for corpus in members:
-            encoded = encode(corpus, tokenizer, max_length)
-            if not encoded:
+            found = encode(corpus, tokenizer, max_length)
+            if not found:
                 raise InputError(f"{corpus.name}: no prompt has a token")
-            prompts[name] += encoded
+            prompts[name] += found
             record.append(
                 {
                     "class": name,
                     "name": corpus.name,
                     "hash": corpus.hash,
-                    "prompts": len(encoded),
-                    "tokens": sum(len(p.ids) for p in encoded),
+                    "prompts": len(found),
+                    "tokens": sum(len(p.ids) for p in found),
                 }
             )
     return prompts, record
+
+
+def provenance_of(
+    model: nn.Module, views: list[MLPView], max_length: int, record: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What statistics say of where they come from."""
+    return {
+        "model": getattr(model.config, "_name_or_path", ""),
+        "config": digest(model.config.to_dict()),
+        "dtype": str(views[0].gate.dtype).removeprefix("torch."),
+        "max_length": max_length,
+        "corpora": record,
+    }
 
 
 def _begun(
@@ -261,7 +276,7 @@ def _begun(
 
 
 def _run(
-    model, prompts, recorder: _Recorder, batch_tokens: int, course: Course, label: str, quiet: bool
+    model, prompts, recorder: Recorder, batch_tokens: int, course: Course, label: str, quiet: bool
 ) -> None:
     groups = share(list(batches(prompts, batch_tokens)))
     total = sum(batch.tokens for batch in groups)
@@ -274,13 +289,14 @@ def _run(
             bar.update(batch.tokens)
 
 
-def _run_backwards(model, prompts, recorder: _Recorder, options: dict, label, quiet) -> None:
+def _run_backwards(model, prompts, recorder: Recorder, options: dict, label, quiet) -> None:
     options |= {"begin": recorder.begin, "label": label, "quiet": quiet}
     with observed(recorder.views, recorder.differentiable):
         add_gradients(model, recorder.views, prompts, recorder.sums, **options)
 
 
-def _check_finite(views: list[MLPView], name: str, many: list[NeuronSums]) -> None:
+def check_sums(views: list[MLPView], name: str, many: list[NeuronSums]) -> None:
+    """Raise InputError where a class of corpora gave NaN or Inf, naming the MLP and neuron."""
     for view, sums in zip(views, many, strict=True):
         bad = ~torch.isfinite(sums.token_square_sum)
         if bad.any():

@@ -28,6 +28,7 @@ _MULTIPLE = (
 )
 ROW_FORMATS = "md", "csv", "jsonl"
 DTYPES = "auto", "bf16", "fp16", "fp32"
+OFFLOADS = "none", "disk"
 _DTYPE = "bf16, fp16, fp32, or auto: as saved"
 
 
@@ -51,6 +52,12 @@ class CalibrateConfig:
     batch_tokens: int = option(2048, "tokens of a batch, padding included")
     limit: int = option(0, "read at most so many rows of each corpus; 0: all")
     dtype: str = option("auto", _DTYPE, choices=DTYPES)
+    offload: str = option(
+        "none",
+        "disk: have one decoder layer in memory at a time, and hidden states and matrices on disk "
+        "beside STATS; a folder of safetensors",
+        choices=OFFLOADS,
+    )
     resume: bool = option(False, "go on from STATS.unfinished, where a calibration was stopped")
     quiet: bool = option(False, "no progress bar")
 
@@ -117,6 +124,12 @@ class PruneConfig:
         False,
         "say what would be kept, predict time, memory and disk, and write nothing; unless --stats, "
         "--plan or budget ask for more, a config.json is enough",
+    )
+    offload: str = option(
+        "none",
+        "disk: calibrate with one decoder layer in memory at a time, and hidden states and "
+        "matrices on disk beside OUT; then as --no-load",
+        choices=OFFLOADS,
     )
     no_load: bool = option(
         False,

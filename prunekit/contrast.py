@@ -81,7 +81,7 @@ def weigh(stats: NeuronStats, keep_off_task: float) -> NeuronStats:
             "keep_off_task: no distractor statistics; calibrate with --distractor FILE"
         )
     target, distractor = stats.target, stats.classes["distractor"]
-    if target[0].gram is not None and distractor[0].gram is None:
+    if target[0].held("gram") is not None and distractor[0].held("gram") is None:
         raise InputError(
             "keep_off_task: the distractor's statistics hold no gram; calibrate with --off-task"
         )

@@ -9,17 +9,16 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from prunekit.errors import InputError
+from prunekit.tensors import DTYPES, NAMES, Entry, read_shard, write_shard
 from prunekit.values import conform, parse_json
 
 MODEL_MARKER = "config.json"  # what makes a folder one that --force may replace
@@ -109,23 +108,34 @@ def replacing_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]
     What a process that was killed left behind is cleared away by the next that writes there.
     """
     path = check_output_folder(path, force=force)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_remains(path)
-        temporary = Path(
-            tempfile.mkdtemp(dir=path.parent, prefix=f"{_remains(path)}{os.getpid()}-")
-        )
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
+    with working_folder(path) as temporary:
         yield temporary
         temporary.chmod(0o755)
         for item in temporary.rglob("*"):
             _flush(item)
         _put_into_place(temporary, path)
         _flush(path.parent)
+
+
+@contextmanager
+def working_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a folder beside ``path`` for what is needed on the way there; it goes afterwards.
+
+    What a process that was killed left behind is cleared away by the next that writes there.
+    """
+    path = Path(path)
+    _check_writable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(path)
+        prefix = f"{_remains(path)}{os.getpid()}-"
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remains(path: Path) -> str:
@@ -185,17 +195,22 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_tensors(
-    path: str | Path, tensors: dict[str, torch.Tensor], kind: str, header: dict[str, Any]
+    path: str | Path, tensors: Mapping[str, torch.Tensor | Entry], kind: str, header: dict[str, Any]
 ) -> None:
-    """Write tensors and a JSON header that says what kind of file it is, as safetensors."""
+    """Write tensors, or copy them, and a JSON header that says what kind of file it is, as
+    safetensors."""
     metadata = {"prunekit": json.dumps({"kind": kind, "version": 1, **header})}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    planned = [
+        (name, value.dtype if isinstance(value, Entry) else NAMES[value.dtype], tuple(value.shape))
+        for name, value in tensors.items()
+    ]
+    planned.sort(key=lambda each: -DTYPES[each[1]].itemsize)  # so that all lie aligned
     with replacing_file(path) as temporary:
-        save_file(contiguous, temporary, metadata=metadata)
+        write_shard(temporary, planned, (tensors[name] for name, _, _ in planned), metadata)
 
 
-def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
+def find_tensors(path: str | Path, kind: str) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Where in a file that `write_tensors` wrote its tensors lie, and its header.
 
     Raises:
         InputError: the file is missing, cut short, no safetensors, or of another kind or version.
@@ -205,18 +220,25 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         known = "kind" in header
         found = f"{header['kind']} version {header.get('version')}" if known else "no prunekit file"
         raise InputError(f"{path}: is {found}, expected {kind} version 1")
-    with safe_open(str(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    return {entry.name: entry for entry in read_shard(Path(path)).entries}, header
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        InputError: as for `find_tensors`.
+    """
+    entries, header = find_tensors(path, kind)
+    return {name: entry.read() for name, entry in entries.items()}, header
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """Read the JSON header of a prunekit safetensors file; {} if it carries none."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+    metadata = read_shard(Path(path)).metadata
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = parse_json((file.metadata() or {}).get("prunekit", "{}"))
-            conform(header, dict, "header")
-            return header
-    except (SafetensorError, ValueError, OSError) as error:
+        header = parse_json(metadata.get("prunekit", "{}"))
+        conform(header, dict, "header")
+        return header
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is no whole safetensors file: {error}") from error

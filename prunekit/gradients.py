@@ -105,16 +105,19 @@ def output_gradients(
 def _run(
     model, views, prompts, sums, squares, taylor: bool, begin, course: Course, label, quiet
 ) -> None:
-    if not any(max(p.scored, 1) < len(p.ids) for p in prompts):
-        prompts = [replace(p, scored=0) for p in prompts]
-    groups = [
-        replace(batch, ids=padded(batch))
-        for batch in ranks.share(list(batches(prompts, 1 if taylor else BATCH_TOKENS)))
-    ]
-    outputs = _Outputs(views, sums, prompts, squares)
+    groups = ranks.share(gradient_batches(prompts, taylor=taylor))
+    outputs = Outputs(views, sums, prompts, squares)
     if groups:
         _run_groups(model, views, groups, sums, outputs, taylor, begin, course, label, quiet)
     ranks.add_up_(squares)
+
+
+def gradient_batches(prompts: Sequence[Tokens], *, taylor: bool) -> list[Batch]:
+    """The batches that run backwards, padded; what is scored of them is as for `add_gradients`."""
+    if not any(max(p.scored, 1) < len(p.ids) for p in prompts):
+        prompts = [replace(p, scored=0) for p in prompts]
+    groups = batches(prompts, 1 if taylor else BATCH_TOKENS)
+    return [replace(batch, ids=padded(batch)) for batch in groups]
 
 
 def _run_groups(
@@ -122,7 +125,7 @@ def _run_groups(
     views,
     groups: list[Batch],
     sums,
-    outputs: _Outputs,
+    outputs: Outputs,
     taylor: bool,
     begin,
     course,
@@ -131,7 +134,7 @@ def _run_groups(
 ) -> None:
     total = sum(batch.tokens for batch in groups)
     with ExitStack() as stack:
-        weights = _weights_reduced(model, views, sums) if taylor else training_only(model)
+        weights = weights_reduced(model, views, sums) if taylor else training_only(model)
         stack.enter_context(weights)
         stack.enter_context(outputs.watched())
         backward = stack.enter_context(loss_backward(model, views, groups))
@@ -162,7 +165,7 @@ def _neurons(slot: Slot, tensor: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @contextmanager
-def _weights_reduced(
+def weights_reduced(
     model: nn.Module, views: list[MLPView], sums: list[NeuronSums]
 ) -> Iterator[None]:
     """Inside, a backward adds each MLP matrix's abs(w·grad) to `taylor` and drops the gradient."""
@@ -191,7 +194,7 @@ def _weights_reduced(
         yield
 
 
-class _Outputs:
+class Outputs:
     """The gradients at the MLPs' outputs, as the backward reaches them."""
 
     def __init__(

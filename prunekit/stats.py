@@ -24,6 +24,7 @@ from prunekit.ops.gated_act_stats import (
     TOKEN_MAX_ABS,
     TOKEN_SUM,
 )
+from prunekit.tensors import Entry, OnDisk
 from prunekit.values import conform
 
 _KIND = "neuron-stats"
@@ -39,6 +40,7 @@ _SUMS = (
 # What a calibration need not gather; None where it did not.
 _OPTIONAL = ("prompt_norm_sum", "gram", "taylor", "gradient_gram")
 _MATRICES = ("gram", "gradient_gram")
+_ON_DISK = tuple(f".{name}" for name in _MATRICES)
 _CORPUS = {"class": str, "name": str, "hash": str, "prompts": int, "tokens": int}
 _HEADER = {
     "names": [str],
@@ -73,6 +75,8 @@ class NeuronSums:
             loss summed over the completion's tokens; or None.
         gradient_gram: fp32 [D, D], Σ g gᵀ over tokens, g the gradient of that loss with respect to
             this MLP's output; or None; symmetric.
+
+    The matrices of statistics from a file stay there, and are read whenever they are asked for.
     """
 
     prompts: float
@@ -85,9 +89,9 @@ class NeuronSums:
     active: torch.Tensor
     max_abs: torch.Tensor
     prompt_norm_sum: torch.Tensor | None = None
-    gram: torch.Tensor | None = None
+    gram: torch.Tensor | None = OnDisk()  # noqa: RUF009 (a descriptor)
     taylor: torch.Tensor | None = None
-    gradient_gram: torch.Tensor | None = None
+    gradient_gram: torch.Tensor | None = OnDisk()  # noqa: RUF009 (a descriptor)
 
     @classmethod
     def zeros(cls, width: int, device: torch.device | str, *, gram: bool = False) -> NeuronSums:
@@ -159,34 +163,50 @@ class NeuronSums:
             **{n: None if value is None else weight * value for n, value in optional.items()},
         )
 
+    def held(self, name: str) -> torch.Tensor | Entry | None:
+        """One of the statistics, or where it lies on disk, without reading it."""
+        return vars(type(self))[name].held(self) if name in _MATRICES else getattr(self, name)
+
+    def tensors(self) -> dict[str, torch.Tensor | Entry]:
+        """All that is there, by name, without reading what lies on disk."""
+        found = {name: self.held(name) for name in (*_SUMS, "max_abs", *_OPTIONAL)}
+        return {name: value for name, value in found.items() if value is not None}
+
     def to(self, device: torch.device | str) -> NeuronSums:
-        """Move to a device, in place."""
-        for name in (*_SUMS, "max_abs", *_OPTIONAL):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.to(device))
+        """Move to a device, in place; what lies on disk is read, so that it can be added to."""
+        for name in self.tensors():
+            setattr(self, name, getattr(self, name).to(device))
         return self
 
     def finish(self) -> NeuronSums:
-        """Move to the CPU and mirror the Gram matrices, in place: the end of a calibration."""
-        self.to("cpu")
-        for name in _MATRICES:
-            if getattr(self, name) is not None:
-                setattr(self, name, ops.symmetrize_(getattr(self, name)))
+        """Move to the CPU and mirror the Gram matrices, in place: the end of a calibration.
+
+        What lies on disk is finished already.
+        """
+        for name, value in self.tensors().items():
+            if isinstance(value, torch.Tensor):
+                value = value.cpu()
+                setattr(self, name, ops.symmetrize_(value) if name in _MATRICES else value)
         return self
+
+    def put_away(self, stem: Path) -> None:
+        """Write the matrices that are in memory to files that begin so, and leave them there."""
+        for name in _MATRICES:
+            value = self.held(name)
+            if isinstance(value, torch.Tensor):
+                path = stem.with_name(f"{stem.name}.{name}")
+                files.write_tensors(path, {name: value}, name, {})
+                setattr(self, name, files.find_tensors(path, name)[0][name])
 
     def check_shapes(self) -> None:
         """Raise ValueError where the tensors are not what `NeuronSums` says that they are."""
         width = (self.token_sum.numel(),)
-        for name in (*_SUMS, "max_abs", *_OPTIONAL):
-            value = getattr(self, name)
-            if value is None:
-                continue
+        for name, value in self.tensors().items():
             wanted = value.shape[:1] * 2 if name == "gradient_gram" else width
             wanted = 2 * wanted if name == "gram" else tuple(wanted)
             narrow = name in (*_MATRICES, "max_abs")
-            dtype = torch.float32 if narrow else torch.float64
-            if tuple(value.shape) != wanted or value.dtype != dtype:
+            dtypes = (torch.float32, "F32") if narrow else (torch.float64, "F64")
+            if tuple(value.shape) != wanted or value.dtype not in dtypes:
                 raise ValueError(f"{name}: is {value.dtype} {list(value.shape)}")
 
     @property
@@ -295,15 +315,12 @@ class NeuronStats:
 
     def save(self, path: str | Path, *, finished: bool = True) -> None:
         """Write safetensors with a JSON header; a calibration under way is of another kind."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor | Entry] = {}
         counts: dict[str, list[tuple[int, int]]] = {}
         for name, many in self.classes.items():
             counts[name] = [(s.prompts, s.tokens) for s in many]
             for i, s in enumerate(many):
-                for key in (*_SUMS, "max_abs", *_OPTIONAL):
-                    value = getattr(s, key)
-                    if value is not None:
-                        tensors[f"{name}.{i}.{key}"] = value
+                tensors |= {f"{name}.{i}.{key}": value for key, value in s.tensors().items()}
         tensors |= _prompt_tensors("prompts", self.prompts, self.gradient_squares)
         tensors |= _prompt_tensors(
             "distractor_prompts", self.distractor_prompts, self.distractor_squares
@@ -318,12 +335,16 @@ class NeuronStats:
 
     @classmethod
     def load(cls, path: str | Path, *, finished: bool = True) -> NeuronStats:
-        """Read what `save` wrote, of this kind.
+        """Read what `save` wrote, of this kind; its matrices stay on disk (`NeuronSums`).
 
         Raises:
             InputError: the file is missing, cut short, or of another kind.
         """
-        tensors, header = files.read_tensors(path, _KIND if finished else _UNFINISHED)
+        found, header = files.find_tensors(path, _KIND if finished else _UNFINISHED)
+        tensors = {
+            name: entry if name.endswith(_ON_DISK) else entry.read()
+            for name, entry in found.items()
+        }
         classes: dict[str, list[NeuronSums]] = {}
         try:
             conform(header, _HEADER, "header")

@@ -73,6 +73,9 @@ class Unfinished:
                 f"{self._path}: is of another model, corpora or options; give those, or leave out "
                 "--resume to begin anew"
             )
+        for many in stats.classes.values():
+            for sums in many:
+                sums.to("cpu")  # the file will be written anew
         self.classes, self.done = stats.classes, state["done"]
         found = {"target": stats.gradient_squares, "distractor": stats.distractor_squares}
         self.squares = {name: squares for name, squares in found.items() if squares is not None}

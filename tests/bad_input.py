@@ -75,6 +75,16 @@ CASES = (
     ("a sparsity that is no number", f"{PRUNE} --sparsity half -o out"),
     ("a criterion that there is not", f"{PRUNE} --sparsity 0.5 --criterion best -o out"),
     ("widths of no multiple", f"{PRUNE} --sparsity 0.5 --multiple-of 0 -o out"),
+    ("--offload of a .gguf", "calibrate short.gguf --target task.jsonl --offload disk -o s"),
+    ("--offload with --resume", f"{STATS} --offload disk --resume -o s"),
+    (
+        "--offload with a repair that runs the model",
+        f"{PRUNE} --sparsity 0.5 --offload disk --compensate sequential -o out",
+    ),
+    (
+        "--offload with a goal that runs the model",
+        f"{PRUNE} --target-speedup 1.2 --offload disk -o out",
+    ),
     (
         "a multiple wider than the MLP",
         "prune model --strategy random --sparsity 0.5 --multiple-of 4096 -o out",

@@ -8,7 +8,7 @@ import torch
 import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.checkpoint import read_record
-from prunekit.checkpoint.writer import write_index
+from prunekit.checkpoint.shards import write_index
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
 from tests.models import logits, tiny_model

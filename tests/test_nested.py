@@ -9,10 +9,9 @@ import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.checkpoint.nested import NESTED, Nested, save_nested
 from prunekit.checkpoint.padded import pad
-from prunekit.checkpoint.shards import Entry, read_shard
-from prunekit.checkpoint.writer import write_shard
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
+from prunekit.tensors import Entry, read_shard, write_shard
 from tests.models import TINY, logits, tiny_model
 
 NAMES = [name for name in TINY if "moe" not in name and name != "mixtral"]

@@ -3,14 +3,8 @@
 import re
 
 from prunekit.experiment.off_task import Spent
-from prunekit.report import (
-    Table,
-    loss_by_sparsity,
-    loss_by_speed,
-    loss_off_task,
-    write_report,
-)
-from prunekit.report.plots import Point
+from prunekit.report.page import Table, write_report
+from prunekit.report.plots import Point, loss_by_sparsity, loss_by_speed, loss_off_task
 
 LINES = {
     "ours": [Point(0.5, 1.4, 60.0), Point(0.2, 1.1, 45.0)],

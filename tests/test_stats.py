@@ -9,6 +9,7 @@ from prunekit.arch import find_mlps
 from prunekit.errors import InputError
 from prunekit.stats import NeuronStats, NeuronSums
 from tests.models import tiny_model
+from tests.same import assert_same
 
 
 def h_of_each_prompt(model, tokenizer, texts):
@@ -149,15 +150,7 @@ def test_statistics_survive_the_disk_bit_for_bit(tmp_path, llama, tokenizer, tex
     stats.save(tmp_path / "s.safetensors")
     again = NeuronStats.load(tmp_path / "s.safetensors")
     assert again.hash == stats.hash
-    assert again.provenance == stats.provenance
-    for name, many in stats.classes.items():
-        for a, b in zip(many, again.classes[name], strict=True):
-            for key, value in vars(a).items():
-                again_value = getattr(b, key)
-                if isinstance(value, torch.Tensor):
-                    assert torch.equal(value, again_value), key
-                else:
-                    assert value == again_value, key
+    assert_same(stats, again)
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
@@ -183,7 +176,7 @@ def test_a_file_that_is_cut_short_or_of_another_kind_is_refused(tmp_path, llama,
     whole = path.read_bytes()
     for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="no whole safetensors file"):
+        with pytest.raises(InputError, match=r"no whole safetensors file|its header says"):
             NeuronStats.load(path)
     with pytest.raises(InputError, match="no such file"):
         NeuronStats.load(tmp_path / "missing")

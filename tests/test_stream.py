@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 import prunekit as pk
 from prunekit.arch import find_mlps
 from prunekit.checkpoint import read_record, verify
-from prunekit.checkpoint.shards import INDEX, Shards, read_shard
+from prunekit.checkpoint.shards import INDEX, Shards
 from prunekit.checkpoint.stream import Checkpoint, stream_prune
-from prunekit.checkpoint.writer import write_shard
 from prunekit.errors import CheckError, InputError
 from prunekit.integrations.loading import load_shape
 from prunekit.plan import PrunePlan
+from prunekit.tensors import read_shard, write_shard
 from tests.models import logits, tiny_model
 
 NAMES = ("llama", "llama_bias", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox")
@@ -93,7 +93,7 @@ def test_its_repair_is_that_of_a_loaded_model(name, tmp_path, tokenizer, texts):
 def test_experts_that_lie_on_disk_as_the_model_names_them(tmp_path):
     """transformers gives Mixtral's experts other names on disk, which is said and not guessed."""
     folder = saved(tiny_model("mixtral"), tmp_path / "dense")
-    with pytest.raises(InputError, match="prune it without --no-load"):
+    with pytest.raises(InputError, match="load it, without --no-load"):
         Checkpoint(folder, load_shape(str(folder)))
 
 

@@ -17,6 +17,7 @@ from prunekit.course import Course, Stopped, signals_noted
 from prunekit.errors import InputError
 from prunekit.stats import NeuronStats
 from tests.models import tiny_model
+from tests.same import assert_same
 from tests.vocabularies import byte_level
 
 WAYS = {
@@ -25,27 +26,6 @@ WAYS = {
     "gradients": {"gram": True, "gradients": True},
     "everything": {"gram": True, "gradients": True, "taylor": True, "off_task": True},
 }
-
-
-def same(one, other):
-    assert one.provenance == other.provenance
-    assert one.prompts == other.prompts
-    assert one.distractor_prompts == other.distractor_prompts
-    assert one.classes.keys() == other.classes.keys()
-    for name in one.classes:
-        for mine, theirs in zip(one.classes[name], other.classes[name], strict=True):
-            for key, value in vars(mine).items():
-                want = getattr(theirs, key)
-                assert torch.equal(value, want) if torch.is_tensor(want) else value == want, key
-    for mine, theirs in (
-        (one.gradient_squares, other.gradient_squares),
-        (one.distractor_squares, other.distractor_squares),
-    ):
-        assert (mine is None) == (theirs is None)
-        assert all(
-            (a is None and b is None) or torch.equal(a, b)
-            for a, b in zip(mine or (), theirs or (), strict=True)
-        )
 
 
 @pytest.fixture
@@ -82,7 +62,7 @@ def test_it_goes_on_to_the_same(name, way, count, tokenizer, texts, tmp_path, st
     with pytest.raises(Stopped, match="SIGTERM"):
         pk.calibrate(model, tokenizer, texts[:4], unfinished=file, **both)
     got = pk.calibrate(model, tokenizer, texts[:4], unfinished=file, resume=True, **both)
-    same(got, want)
+    assert_same(got, want)
 
 
 def test_it_may_be_stopped_again_and_again(llama, tokenizer, texts, tmp_path, stopped_after):
@@ -97,14 +77,14 @@ def test_it_may_be_stopped_again_and_again(llama, tokenizer, texts, tmp_path, st
         except Stopped:
             stops += 1
     assert stops > 2
-    same(got, want)
+    assert_same(got, want)
 
 
 def test_where_nothing_was_kept_it_begins(llama, tokenizer, texts, tmp_path):
     got = pk.calibrate(
         llama, tokenizer, texts, unfinished=tmp_path / "none", resume=True, quiet=True
     )
-    same(got, pk.calibrate(llama, tokenizer, texts, quiet=True))
+    assert_same(got, pk.calibrate(llama, tokenizer, texts, quiet=True))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +215,7 @@ def test_the_verb_is_stopped_and_goes_on(job, tmp_path, number):
     assert "--resume goes on" in error
     assert not file.exists()
     assert main([*map(str, job), "-o", str(file), "--resume"]) == 0
-    same(NeuronStats.load(file), NeuronStats.load(tmp_path / "want"))
+    assert_same(NeuronStats.load(file), NeuronStats.load(tmp_path / "want"))
     assert not (tmp_path / "s.stats.unfinished").exists()
 
 
@@ -278,6 +258,6 @@ def test_killed_at_any_moment_it_goes_on_to_the_same(job, tmp_path):
         done.append(NeuronStats.load(kept, finished=False).provenance["unfinished"]["done"])
     assert done == sorted(set(done))  # each went further than the one before
     assert main([*map(str, job), "-o", str(file), "--resume"]) == 0
-    same(NeuronStats.load(file), NeuronStats.load(tmp_path / "want"))
+    assert_same(NeuronStats.load(file), NeuronStats.load(tmp_path / "want"))
     assert {path.name for path in tmp_path.iterdir()} >= {"model", "t.jsonl", "want", "s.stats"}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".s.stats")]

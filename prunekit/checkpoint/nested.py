@@ -20,13 +20,13 @@ from prunekit import files
 from prunekit.arch import MLPView, Slot, find_mlps, parameter_names
 from prunekit.checkpoint.pieces import Assembled, Piece
 from prunekit.checkpoint.save import described, write_record
-from prunekit.checkpoint.shards import DTYPES, NESTED, Entry, read_shard
-from prunekit.checkpoint.writer import write_shard
+from prunekit.checkpoint.shards import NESTED
 from prunekit.compact import repairs
 from prunekit.compensate import Repair
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan, kept_width, plan
 from prunekit.stats import NeuronStats
+from prunekit.tensors import NAMES, Entry, read_shard, write_shard
 from prunekit.values import conform, parse_json
 
 _KIND, _VERSION = "nested", 1
@@ -38,7 +38,6 @@ _FACTS = {
     "biases": [(None, str)],
     "recipe": {"compensate": str, "multiple_of": int},
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def save_nested(
             "recipe": {"compensate": compensate, "multiple_of": multiple_of, **(recipe or {})},
         }
         every = list(_tensors(model, views, orders, facts, fixes))
-        planned = [(name, _NAMES[t.dtype], tuple(t.shape)) for name, t, _ in every]
+        planned = [(name, NAMES[t.dtype], tuple(t.shape)) for name, t, _ in every]
         contents = (t if order is None else t[order.to(t.device).long()] for _, t, order in every)
         metadata = {"format": "pt", "prunekit": json.dumps(facts)}
         hashes = write_shard(folder / NESTED, planned, contents, metadata)

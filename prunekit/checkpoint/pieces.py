@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from prunekit.checkpoint.shards import Entry
 from prunekit.errors import InputError
+from prunekit.tensors import Entry
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import nn
 from prunekit import files
 from prunekit.checkpoint.card import model_card
 from prunekit.checkpoint.origin import origin
-from prunekit.checkpoint.shards import NESTED, Shard, Shards, read_shard
+from prunekit.checkpoint.shards import NESTED, Shards, write_index
 from prunekit.checkpoint.widths import check_widths, differ
-from prunekit.checkpoint.writer import write_index
 from prunekit.errors import CheckError, InputError
 from prunekit.plan import PrunePlan
+from prunekit.tensors import Shard, read_shard
 from prunekit.values import conform
 
 RECORD = "prunekit.json"

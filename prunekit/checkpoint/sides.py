@@ -14,10 +14,11 @@ from prunekit.arch import Slot, find_mlps, fingerprint, parameter_names
 from prunekit.checkpoint.nested import NESTED, Nested
 from prunekit.checkpoint.pieces import Assembled
 from prunekit.checkpoint.save import PLAN, RECORD, read_record, weight_bytes
-from prunekit.checkpoint.shards import DTYPES, Entry, Shards, has_weights
+from prunekit.checkpoint.shards import Shards, has_weights
 from prunekit.compact import prune
 from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
+from prunekit.tensors import DTYPES, Entry
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch import nn
 from prunekit import files
 from prunekit.arch import MLPView, Slot, all_finite, find_mlps, parameter_names
 from prunekit.checkpoint.save import CARD, PLAN, RECORD, finish
-from prunekit.checkpoint.shards import INDEX, Entry, Shard, Shards, read_shard
-from prunekit.checkpoint.writer import write_shard
+from prunekit.checkpoint.shards import INDEX, Shards
 from prunekit.compact import check_repairs, gathered, prune
 from prunekit.compensate import check_method, check_statistics, repair
 from prunekit.criteria.registry import score_views
@@ -26,6 +25,7 @@ from prunekit.errors import InputError
 from prunekit.plan import PrunePlan
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
+from prunekit.tensors import Entry, Shard, read_shard, write_shard
 from prunekit.values import parse_json
 
 METHODS = ("none", "bias", "lstsq")  # what repairs an MLP without the model around it
@@ -61,15 +61,22 @@ class Checkpoint:
     def entry(self, slot: Slot) -> Entry:
         """Where on disk the parameter of a slot lies."""
         name = self._names[id(slot.owner), slot.name]
-        bare = name.removeprefix(f"{self.shape.base_model_prefix}.")
-        for candidate in (name, bare):
-            if candidate in self.shards.entries:
-                return self.shards.entries[candidate]
-        raise InputError(
+        if (found := self.find(name)) is not None:
+            return found
+        raise InputError(self.lacks(name))
+
+    def lacks(self, name: str) -> str:
+        """What to say where a tensor is not there."""
+        return (
             f"{self.shards.folder}: has no tensor {name}; its names are not those of "
-            f"{type(self.shape).__name__}, so it cannot be pruned on disk: prune it without "
-            "--no-load"
+            f"{type(self.shape).__name__}, so it cannot stay on disk: load it, without --no-load "
+            "and --offload"
         )
+
+    def find(self, name: str) -> Entry | None:
+        """Where on disk a tensor lies that the model knows by this name."""
+        bare = name.removeprefix(f"{self.shape.base_model_prefix}.")
+        return self.shards.entries.get(name) or self.shards.entries.get(bare)
 
     def read(self, view: MLPView) -> MLPView:
         """A view over weights on disk: each is read when it is first looked at."""
@@ -104,12 +111,12 @@ class _OnDisk:
         return vars(self)[name]
 
 
-def check_streamed(method: str) -> None:
-    """Raise InputError unless a repair needs no more of a model than one MLP."""
+def check_streamed(method: str, option: str = "--no-load") -> None:
+    """Raise InputError, of an option, unless a repair needs no more of a model than one MLP."""
     check_method(method)
     if method not in METHODS:
         raise InputError(
-            f"--no-load: compensate {method} runs the model; expected one of {', '.join(METHODS)}"
+            f"{option}: compensate {method} runs the model; expected one of {', '.join(METHODS)}"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from prunekit.calibrate import calibrate
+from prunekit.cli.offload import calibrated_on_disk
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.config import CalibrateConfig
@@ -19,6 +21,7 @@ EXAMPLES = """  prunekit calibrate demo --target task.jsonl --gram -o task.stats
   prunekit calibrate Qwen/Qwen2.5-Math-1.5B-Instruct --target gsm8k.jsonl \\
       --distractor squad.jsonl --distractor chat.jsonl -o math.stats
   prunekit prune demo --stats task.stats --sparsity 0.2 -o small
+  prunekit calibrate large-model --target task.jsonl --gram --offload disk -o large.stats
   torchrun --nproc-per-node 4 -m prunekit calibrate large --target task.jsonl -o large.stats"""
 
 
@@ -32,6 +35,8 @@ def run(config: CalibrateConfig, output: Output) -> int:
     if config.resume and not alone:
         raise InputError("--resume: only one process keeps what it did; leave torchrun out")
     check_output_file(config.output)
+    if config.offload == "disk":
+        return _on_disk(config, output, alone=alone)
     unfinished = Path(f"{config.output}.unfinished")
     tokenizer = load_tokenizer(config.model)
     target = joined(corpora(config.target, tokenizer, config.limit))
@@ -57,6 +62,23 @@ def run(config: CalibrateConfig, output: Output) -> int:
             return 0
     stats.save(config.output)
     unfinished.unlink(missing_ok=True)
+    return _tell(config, stats, output)
+
+
+def _on_disk(config: CalibrateConfig, output: Output, *, alone: bool) -> int:
+    """The same with one layer in memory at a time."""
+    if not alone:
+        raise InputError("--offload: runs in one process; leave torchrun out")
+    if config.resume:
+        raise InputError("--resume: not with --offload, which keeps nothing between two runs")
+    names = ("gram", "gradients", "taylor", "off_task")
+    with calibrated_on_disk(config, output, **{n: getattr(config, n) for n in names}) as stats:
+        stats.save(config.output)
+        return _tell(config, stats, output)
+
+
+def _tell(config: CalibrateConfig, stats: NeuronStats, output: Output) -> int:
+    """Say what was seen, and where it is."""
     describe_stats(stats, output)
     output.line(f"saved {config.output}")
     output.json({"output": config.output, **summary(stats)})
@@ -68,8 +90,8 @@ def summary(stats: NeuronStats) -> dict:
     return {
         "mlps": len(stats.names),
         "neurons": sum(sums.token_sum.numel() for sums in stats.target),
-        "gram": stats.target[0].gram is not None,
-        "gradients": stats.target[0].gradient_gram is not None,
+        "gram": stats.target[0].held("gram") is not None,
+        "gradients": stats.target[0].held("gradient_gram") is not None,
         "hash": stats.hash,
         **stats.provenance,
     }
@@ -85,6 +107,6 @@ def describe_stats(stats: NeuronStats, output: Output) -> None:
     title = f"{facts['mlps']} MLPs, {count(facts['neurons'])} neurons of {facts.get('model', '?')}"
     output.table(title, ("class", "corpus", "prompts", "tokens", "sha256"), rows)
     for name, what in (("gram", "Gram matrices"), ("gradient_gram", "loss gradients")):
-        held = [matrix for s in stats.target if (matrix := getattr(s, name)) is not None]
-        if held:
-            output.line(f"{what}: {megabytes(sum(matrix.nbytes for matrix in held))}")
+        shapes = [held.shape for s in stats.target if (held := s.held(name)) is not None]
+        if shapes:
+            output.line(f"{what}: {megabytes(4 * sum(map(prod, shapes)))}")

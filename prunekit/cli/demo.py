@@ -217,8 +217,8 @@ def _lines(outcomes: list[Outcome], measured: dict[int, dict]) -> dict[str, list
 
 def _report(out, rows, note, dense_loss, outcomes, measured, spent, facts) -> Path:
     # Not on every start of the command line: the plotting library takes most of a second.
-    from prunekit.report import Table, loss_by_sparsity, loss_by_speed, loss_off_task, write_report
-    from prunekit.report.plots import Point
+    from prunekit.report.page import Table, write_report
+    from prunekit.report.plots import Point, loss_by_sparsity, loss_by_speed, loss_off_task
 
     dense_speed = next(iter(measured.values()))["tg"]["tokens_per_s"]
     dense = Point(0.0, dense_loss.loss, dense_speed)

@@ -18,6 +18,7 @@ from prunekit.checkpoint.widths import differ, loadable, loader, refuse_differin
 from prunekit.choose import REHEARSED, planned
 from prunekit.cli import search
 from prunekit.cli.forecast import LENGTH, PROMPTS, counted, forecast
+from prunekit.cli.offload import calibrated_on_disk
 from prunekit.cli.output import Output, count, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.cli.streamed import stream, streamed
@@ -56,7 +57,8 @@ EXAMPLES = """  prunekit prune demo --target task.jsonl --sparsity 0.2 -o small
       --sparsity 0.2 -o still-chats
   prunekit prune demo --target task.jsonl --target-bytes 200MB -o fits
   prunekit prune demo --strategy random --seed 33 --sparsity 0.1 -o control
-  prunekit prune large-model --stats large.stats --sparsity 0.35 --no-load -o smaller"""
+  prunekit prune large-model --stats large.stats --sparsity 0.35 --no-load -o smaller
+  prunekit prune large-model --target task.jsonl --sparsity 0.35 --offload disk -o smaller"""
 
 
 def run(config: PruneConfig, output: Output) -> int:
@@ -71,7 +73,12 @@ def run(config: PruneConfig, output: Output) -> int:
     if config.dry_run and not needs_more:
         return _dry_run(config, output)
     if streamed(config, drawn=_drawn(config)):
-        return stream(config, output, _chosen_on_disk)
+        if not config.target:
+            return stream(config, output, _chosen_on_disk)
+        with calibrated_on_disk(
+            config, output, **_wanted(config, config.compensate or "lstsq")
+        ) as s:
+            return stream(config, output, _chosen_on_disk, s)
     given = PrunePlan.load(config.plan) if config.plan else None
     stats = NeuronStats.load(config.stats) if config.stats else None
     tokenizer = load_tokenizer(config.model)
@@ -82,7 +89,6 @@ def run(config: PruneConfig, output: Output) -> int:
     sparsity = 0.0 if given else _sparsity(config, model, output)
     if target:
         method = _method(config, has_target=True)
-        gathers = _gathers(config, method)
         if not config.quiet:
             work = _work(config, *counted(config, tokenizer, target, distractors))
             output.note(forecast(model, work, _uniform(config, model, sparsity)).line())
@@ -91,10 +97,7 @@ def run(config: PruneConfig, output: Output) -> int:
             tokenizer,
             joined(target),
             distractors,
-            gram=_solves(method) or "gram" in gathers,
-            gradients="gradient_gram" in gathers,
-            taylor="taylor" in gathers,
-            off_task=config.keep_off_task > 0,
+            **_wanted(config, method),
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
             quiet=config.quiet,
@@ -232,6 +235,17 @@ def _gathers(config: PruneConfig, method: str) -> tuple[str, ...]:
     """What choosing the neurons needs beyond a calibration's plain sums."""
     gathers = () if _drawn(config) else gathered_for(config.criterion, repaired=_solves(method))
     return (*gathers, *CRITERIA[FISHER].gathers) if _shares(config) else gathers
+
+
+def _wanted(config: PruneConfig, method: str) -> dict[str, bool]:
+    """What a calibration is to gather for a repair, and for choosing the neurons."""
+    gathers = _gathers(config, method)
+    return {
+        "gram": _solves(method) or "gram" in gathers,
+        "gradients": "gradient_gram" in gathers,
+        "taylor": "taylor" in gathers,
+        "off_task": config.keep_off_task > 0,
+    }
 
 
 def _check(config: PruneConfig) -> None:

@@ -1,4 +1,4 @@
-"""`prunekit prune --no-load`: a checkpoint pruned on disk, tensor by tensor."""
+"""`prunekit prune --no-load` and `--offload`: a checkpoint pruned on disk, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def streamed(config: PruneConfig, *, drawn: bool) -> bool:
     if config.dry_run:
         return False
     runs = "--target" if config.target else "--target-speedup" if config.target_speedup else ""
+    if config.offload == "disk":
+        if config.target_speedup:
+            raise InputError("--offload: --target-speedup runs the whole model; give a sparsity")
+        check_streamed(config.compensate or "none", "--offload")
+        return True
     if config.no_load:
         if runs:
             raise InputError(f"--no-load: {runs} runs the model; give --stats and a sparsity")
@@ -40,13 +45,19 @@ def streamed(config: PruneConfig, *, drawn: bool) -> bool:
     return folder.is_dir() and weight_bytes(folder) > SHARE * psutil.virtual_memory().available
 
 
-def stream(config: PruneConfig, output: Output, choose: Callable[..., PrunePlan]) -> int:
-    """Prune on disk, and say what was written."""
+def stream(
+    config: PruneConfig,
+    output: Output,
+    choose: Callable[..., PrunePlan],
+    stats: NeuronStats | None = None,
+) -> int:
+    """Prune on disk, with these statistics or those the config names, and say what was written."""
     begun = time.perf_counter()
     folder = weights_folder(config.model)
     checkpoint = Checkpoint(folder, load_shape(config.model))
-    stats = NeuronStats.load(config.stats) if config.stats else None
-    solvable = stats is not None and stats.target[0].gram is not None
+    if config.stats:
+        stats = NeuronStats.load(config.stats)
+    solvable = stats is not None and stats.target[0].held("gram") is not None
     method = config.compensate or ("lstsq" if solvable else "none")
     if stats is not None:
         stats = weigh(stats, config.keep_off_task)

@@ -44,7 +44,7 @@ def check_method(method: str) -> None:
 
 def default_method(stats: NeuronStats | None) -> str:
     """The best repair that trains nothing and that the statistics suffice for."""
-    if stats is None or stats.target[0].gram is None:
+    if stats is None or stats.target[0].held("gram") is None:
         return "none"
     return "lstsq" if stats.prompts is None else "sequential"
 

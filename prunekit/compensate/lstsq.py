@@ -27,7 +27,7 @@ def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
     Cost:
         F'³/3 + 2·D·F'² FLOP in fp64, 8·F² bytes.
     """
-    if sums.gram is None:
+    if sums.held("gram") is None:
         raise InputError("compensate lstsq: needs the Gram matrix; calibrate with --gram")
     down, bias = dense_down(view)
     gram = sums.second_moment(centred=bias is not None)

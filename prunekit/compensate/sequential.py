@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunekit.arch import MLPView, decoder_layers
+from prunekit.arch import MLPView, decoder_layers, members
 from prunekit.backward import calling_instead
 from prunekit.batching import Batch, batches
 from prunekit.compensate.base import Heard, Repair, check_prompts
@@ -109,19 +109,19 @@ def walked(model, views, kept, stats, *, whole: bool, quiet: bool) -> Iterator[W
     """
     check_prompts("sequential", views, stats)
     layers = decoder_layers(model, list(views))
-    members = [_members(layer, views) for layer in layers]
-    alone = [m[0] for m in members if len(m) == 1 and views[m[0]].kind != "experts"]
+    inside = [members(layer, views) for layer in layers]
+    alone = [m[0] for m in inside if len(m) == 1 and views[m[0]].kind != "experts"]
     groups = _groups(stats)
     was_training = model.training
     model.eval()
     try:
         found = token_weights(model, views, stats, quiet=quiet)
         weights = {i: _by_batch(found[i], stats, groups) for i in alone}
-        with _restored([views[i] for m in members for i in m]):
+        with _restored([views[i] for m in inside for i in m]):
             calls = record_calls(model, layers, groups)
             dense = [call.hidden for call in calls]
             walk = Walk(layers, groups, [None] * len(views), dense, list(dense))
-            _walk(walk, views, kept, stats, members, weights, calls, whole, quiet)
+            _walk(walk, views, kept, stats, inside, weights, calls, whole, quiet)
             yield walk
     finally:
         model.train(was_training)
@@ -136,11 +136,6 @@ def _groups(stats: NeuronStats) -> list[Batch]:
 def _by_batch(weights: torch.Tensor, stats: NeuronStats, groups) -> list[torch.Tensor]:
     prompts = weights.split([len(p.ids) for p in stats.prompts])
     return [torch.cat([prompts[i] for i in batch.index]) for batch in groups]
-
-
-def _members(layer: nn.Module, views: Sequence[MLPView]) -> list[int]:
-    inside = {id(part) for part in layer.modules()}
-    return [i for i, view in enumerate(views) if id(view.module) in inside]
 
 
 @contextmanager
@@ -160,13 +155,13 @@ def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
-def _walk(walk: Walk, views, kept, stats, members, weights, calls, whole: bool, quiet: bool):
+def _walk(walk: Walk, views, kept, stats, inside_of, weights, calls, whole: bool, quiet: bool):
     layers, repairs, dense, pruned = walk.layers, walk.repairs, walk.dense, walk.pruned
     tokens = sum(int(call.counted.sum()) for call in calls)
     with progress_bar(
         len(layers) * tokens, "repair" if whole else "rehearsal", "tok", quiet=quiet
     ) as bar:
-        for number, (layer, inside) in enumerate(zip(layers, members, strict=True)):
+        for number, (layer, inside) in enumerate(zip(layers, inside_of, strict=True)):
             if len(inside) == 1 and inside[0] in weights:
                 i = inside[0]
                 step = _Layer(layer, number, views[i], kept[i].long(), calls)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import MLPView, Slot, decoder_of
-from prunekit.backward import calling_instead
+from prunekit.backward import calling_instead, hand_on
 from prunekit.batching import Batch
 from prunekit.nn import is_bare
 from prunekit.ops.gram import bf16_products
@@ -85,7 +85,7 @@ def _record(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, *, idle
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
             if idle:
-                stack.enter_context(calling_instead(layer, _hand_on))
+                stack.enter_context(calling_instead(layer, hand_on))
         decoder_of(model)(input_ids=batch.ids.to(device), use_cache=False)
     return calls
 
@@ -98,15 +98,10 @@ def logits_after(
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for layer in layers[:-1]:
-            stack.enter_context(calling_instead(layer, _hand_on))
+            stack.enter_context(calling_instead(layer, hand_on))
         dtype = next(model.parameters()).dtype
         stack.enter_context(calling_instead(layers[-1], lambda *_, **__: hidden.to(dtype)))
         return model(input_ids=batch.ids.to(device), use_cache=False).logits
-
-
-def _hand_on(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-    """The forward of an idle layer."""
-    return hidden_states
 
 
 def _equal(one: Any, other: Any) -> bool:

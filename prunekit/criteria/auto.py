@@ -46,4 +46,4 @@ def gathered_for(name: str, *, repaired: bool) -> tuple[str, ...]:
 
 
 def _has_all(sums: NeuronSums) -> bool:
-    return all(getattr(sums, n) is not None for n in CRITERIA["reconstruction_fisher"].gathers)
+    return all(sums.held(n) is not None for n in CRITERIA["reconstruction_fisher"].gathers)

@@ -78,7 +78,7 @@ def _check_complete(scorer: Criterion, classes: dict[str, list[NeuronSums]]) -> 
                 f"calibrate with --{needed} FILE"
             )
     for name in scorer.gathers:
-        if any(getattr(sums, name) is None for sums in classes["target"]):
+        if any(sums.held(name) is None for sums in classes["target"]):
             raise InputError(
                 f"criterion {scorer.name}: the statistics hold no {name}; {REMEDIES[name]}"
             )

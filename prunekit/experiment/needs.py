@@ -26,9 +26,7 @@ def suffices(stats: NeuronStats, wanted: dict[str, bool]) -> bool:
     """Whether statistics hold what cells need that were added to the protocol since."""
     sums = {"gram": "gram", "gradients": "gradient_gram", "taylor": "taylor"}
     return all(
-        getattr(stats.target[0], sums[name]) is not None
-        for name, needed in wanted.items()
-        if needed
+        stats.target[0].held(sums[name]) is not None for name, needed in wanted.items() if needed
     )
 
 

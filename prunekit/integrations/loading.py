@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,13 @@ def weights_folder(model: str) -> Path:
         raise InputError(f"model {model}: cannot be fetched: {_first_line(error)}") from error
 
 
-def load_shape(model: str, *, dtype: str = "auto") -> Any:
+def load_shape(model: str, *, dtype: str = "auto", buffers: bool = False) -> Any:
     """A model without weights, on the meta device: what its config.json alone says of it.
 
     Args:
         model: as for `load`; of a folder or hub id only the configuration is read.
         dtype: as for `load`; auto takes the configuration's, or the GGUF file's.
+        buffers: with those on the CPU, such as rotations, that it computes and no file has.
 
     Raises:
         InputError: the configuration cannot be found or read.
@@ -139,10 +141,17 @@ def load_shape(model: str, *, dtype: str = "auto") -> Any:
             _prepare(config)
         if wanted == "auto":
             wanted = getattr(config, "dtype", None) or torch.float32
-        with torch.device("meta"):
+        with _without_weights() if buffers else torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model {model}: cannot be read: {_first_line(error)}") from error
+
+
+def _without_weights() -> AbstractContextManager:
+    """Inside, parameters lie on the meta device and buffers do not."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
 
 
 def _prepare(config: Any) -> None:

@@ -1,0 +1,58 @@
+"""`--offload disk`: a calibration of a model that memory does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from prunekit.checkpoint.offloaded import Offloaded
+from prunekit.checkpoint.stream import Checkpoint
+from prunekit.cli.output import Output, megabytes
+from prunekit.cli.sources import corpora, joined
+from prunekit.config import CalibrateConfig, PruneConfig
+from prunekit.files import working_folder
+from prunekit.integrations.loading import load_shape, load_tokenizer, weights_folder
+from prunekit.layerwise import calibrate_layerwise
+from prunekit.stats import NeuronStats
+
+
+@contextmanager
+def calibrated_on_disk(
+    config: CalibrateConfig | PruneConfig, output: Output, **wanted: bool
+) -> Iterator[NeuronStats]:
+    """Inside, statistics whose matrices lie in a folder beside what the config writes.
+
+    Args:
+        wanted: gram, gradients, taylor and off_task, as for `calibrate`.
+    """
+    with working_folder(config.output) as place:
+        yield _calibrated(config, output, place, wanted)
+
+
+def _calibrated(
+    config: CalibrateConfig | PruneConfig, output: Output, place: Path, wanted: dict[str, bool]
+) -> NeuronStats:
+    folder = weights_folder(config.model)
+    shape = load_shape(config.model, dtype=config.dtype, buffers=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Offloaded(Checkpoint(folder, shape), device)
+    tokenizer = load_tokenizer(config.model)
+    if not config.quiet:
+        output.note(
+            f"offload: {megabytes(model.other_bytes())} of weights stay in memory, and "
+            f"{megabytes(model.layer_bytes())} of one layer of {len(model.layers)}"
+        )
+    return calibrate_layerwise(
+        model,
+        tokenizer,
+        joined(corpora(config.target, tokenizer, config.limit)),
+        corpora(config.distractor, tokenizer, config.limit),
+        folder=place,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        quiet=config.quiet,
+        **wanted,
+    )

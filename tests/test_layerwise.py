@@ -1,0 +1,118 @@
+"""A calibration with one layer in memory gives what one with all of them gives, bit by bit."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prunekit as pk
+from prunekit import layerwise
+from prunekit.checkpoint.offloaded import Offloaded
+from prunekit.checkpoint.save import PLAN
+from prunekit.checkpoint.shards import SINGLE
+from prunekit.checkpoint.stream import Checkpoint
+from prunekit.cli import main
+from prunekit.errors import InputError
+from prunekit.integrations.loading import load, load_shape
+from prunekit.layerwise import calibrate_layerwise
+from tests.models import TINY, tiny_model
+from tests.same import assert_same
+
+
+def offloaded(folder):
+    return Offloaded(Checkpoint(folder, load_shape(folder, buffers=True)))
+
+
+def both(folder, tokenizer, tmp_path, target, *distractors, **wanted):
+    """The statistics of one calibration, in memory and layer by layer."""
+    model = load(folder, device="cpu")
+    whole = pk.calibrate(model, tokenizer, target, *distractors, **wanted, quiet=True)
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    options = wanted | {"folder": spill, "quiet": True}
+    return whole, calibrate_layerwise(offloaded(folder), tokenizer, target, *distractors, **options)
+
+
+# transformers gives some of their tensors other names on disk, which is said and not guessed.
+RENAMED = ("gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in RENAMED])
+def test_every_architecture_gives_the_same_layer_by_layer(name, tokenizer, texts, tmp_path):
+    tiny_model(name).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    wanted = {"gram": True, "gradients": True}
+    first, second = both(tmp_path / "model", tokenizer, tmp_path, texts, [texts[:5]], **wanted)
+    assert_same(first, second)
+    left = {path.name.partition("-")[0] for path in (tmp_path / "spill").iterdir()}
+    assert left == {"target"}  # matrices: hidden states are gone
+
+
+@pytest.mark.parametrize("wanted", [{}, {"gram": True}, {"gradients": True}, {"taylor": True}])
+@pytest.mark.parametrize("off_task", [False, True])
+def test_whatever_is_gathered(wanted, off_task, tokenizer, texts, tmp_path):
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path / "model")
+    wanted = wanted | {"off_task": off_task, "batch_tokens": 64}
+    assert_same(*both(tmp_path / "model", tokenizer, tmp_path, texts, [texts[:9]], **wanted))
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_other_names_on_disk_are_refused(name, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"has no tensor .* its names are not those of"):
+        offloaded(tmp_path)
+
+
+def test_a_tensor_that_is_missing_is_said_before_any_work(tmp_path):
+    weights = tiny_model("llama").state_dict()
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    gone = "model.layers.1.self_attn.q_proj.weight"
+    save_file({k: v for k, v in weights.items() if k != gone}, tmp_path / SINGLE)
+    with pytest.raises(InputError, match=f"has no tensor {gone}"):
+        offloaded(tmp_path)
+    save_file(weights | {gone: torch.zeros(32, 8)}, tmp_path / SINGLE)
+    with pytest.raises(InputError, match=rf"{gone} is \[32, 8\], but the configuration says"):
+        offloaded(tmp_path)
+
+
+def test_a_disk_without_room_is_refused(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(layerwise.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match=r"need 0\.00 GB there, and 0\.00 GB are free"):
+        calibrate_layerwise(offloaded(folder), tokenizer, ["w1 w2"], folder=tmp_path, quiet=True)
+
+
+def test_by_the_command(capsys, folder, texts, tmp_path):
+    """Statistics, and a pruned model, with --offload disk and without."""
+    corpus = tmp_path / "task.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    offload = ["--offload", "disk"]
+    given = [str(folder), "--target", str(corpus), "--quiet"]
+    prune = ["--sparsity", "0.5", "--multiple-of", "16", "--compensate", "lstsq"]
+    for name, options in (("here", []), ("disk", offload)):
+        stats, out = tmp_path / f"{name}.stats", tmp_path / name
+        wanted = ["--gram", "--gradients", *options, "-o", str(stats)]
+        assert main(["calibrate", *given, *wanted]) == 0
+        assert main(["prune", *given, *prune, *options, "-o", str(out)]) == 0
+    one, other = (pk.NeuronStats.load(tmp_path / f"{name}.stats") for name in ("here", "disk"))
+    assert_same(one, other)
+    assert one.hash == other.hash
+    plans = [pk.PrunePlan.load(tmp_path / name / PLAN).kept for name in ("here", "disk")]
+    assert all(torch.equal(a, b) for a, b in zip(*plans, strict=True))
+    weights = [load_file(tmp_path / name / SINGLE) for name in ("here", "disk")]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"task.jsonl", "here", "disk", "here.stats", "disk.stats"}
+    assert "Gram matrices" in capsys.readouterr().out
+
+
+def test_a_neuron_that_gives_nan_is_named(tokenizer, tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[5] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "spill").mkdir()
+    options = {"folder": tmp_path / "spill", "quiet": True}
+    with pytest.raises(InputError, match=r"layers\.1\.mlp: the up weights of neuron 5"):
+        calibrate_layerwise(offloaded(tmp_path / "model"), tokenizer, ["w1 w2"], **options)
