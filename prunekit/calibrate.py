@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,11 @@ def calibrate(
     views = find_mlps(model, verify=False)
     check_finite(model, views)
     views = find_mlps(model)
-    prompts, record = encoded(target, distractors, tokenizer, max_length)
+    read = encoded(target, distractors, tokenizer, max_length)
+    prompts = read.prompts
     whole = [name for name in prompts if off_task or name == "target"]  # all is gathered of these
     replayed = {name: prompts[name] for name in whole if gram}
-    provenance = provenance_of(model, views, max_length, record)
+    provenance = read.provenance(model, views)
     names, print_ = [v.name for v in views], fingerprint(views)
     asked = [provenance, gram, gradients, taylor, off_task, batch_tokens]
     if unfinished is not None:
@@ -221,10 +223,39 @@ def check_sizes(max_length: int, batch_tokens: int) -> None:
         raise InputError("max_length and batch_tokens: must be at least 1")
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """The corpora of a calibration as tokens.
+
+    Attributes:
+        prompts: each class's.
+        record: what the provenance says of its corpora.
+        max_length: tokens of a prompt that were read.
+    """
+
+    prompts: dict[str, list[Tokens]]
+    record: list[dict[str, Any]]
+    max_length: int
+
+    def provenance(self, model: nn.Module, views: list[MLPView]) -> dict[str, Any]:
+        """What statistics of a model over these say of where they come from."""
+        return {
+            "model": getattr(model.config, "_name_or_path", ""),
+            "config": digest(model.config.to_dict()),
+            "dtype": str(views[0].gate.dtype).removeprefix("torch."),
+            "max_length": self.max_length,
+            "corpora": self.record,
+        }
+
+
 def encoded(
     target: Source, distractors: Sequence[Source], tokenizer: Any, max_length: int
-) -> tuple[dict[str, list[Tokens]], list[dict[str, Any]]]:
-    """Each class's prompts, and what the provenance says of its corpora."""
+) -> Encoded:
+    """Read and tokenise a target and its distractors, which are one class together.
+
+    Raises:
+        InputError: a corpus cannot be read, or no prompt of it has a token.
+    """
     corpora = {"target": [as_corpus(target, tokenizer)]}
     if distractors:
         corpora["distractor"] = [as_corpus(source, tokenizer) for source in distractors]
@@ -246,20 +277,7 @@ def encoded(
                     "tokens": sum(len(p.ids) for p in found),
                 }
             )
-    return prompts, record
-
-
-def provenance_of(
-    model: nn.Module, views: list[MLPView], max_length: int, record: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What statistics say of where they come from."""
-    return {
-        "model": getattr(model.config, "_name_or_path", ""),
-        "config": digest(model.config.to_dict()),
-        "dtype": str(views[0].gate.dtype).removeprefix("torch."),
-        "max_length": max_length,
-        "corpora": record,
-    }
+    return Encoded(prompts, record, max_length)
 
 
 def _begun(

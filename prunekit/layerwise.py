@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +19,7 @@ from tqdm import tqdm
 from prunekit.arch import MLPView, check_finite, fingerprint, verify_views
 from prunekit.backward import loss_backward
 from prunekit.batching import Batch, Tokens, batches
-from prunekit.calibrate import (
-    Recorder,
-    Source,
-    check_sizes,
-    check_sums,
-    encoded,
-    provenance_of,
-)
+from prunekit.calibrate import Encoded, Recorder, check_sizes, check_sums
 from prunekit.checkpoint.offloaded import Offloaded
 from prunekit.errors import InputError
 from prunekit.gradients import (
@@ -48,16 +40,13 @@ _GRADIENT = -1  # the stage under which the gradients of hidden states lie
 @quick_products()
 def calibrate_layerwise(
     model: Offloaded,
-    tokenizer: Any,
-    target: Source,
-    distractors: Sequence[Source] = (),
+    corpora: Encoded,
     *,
     folder: str | Path,
     gram: bool = False,
     gradients: bool = False,
     taylor: bool = False,
     off_task: bool = False,
-    max_length: int = 1024,
     batch_tokens: int = 2048,
     quiet: bool = False,
 ) -> NeuronStats:
@@ -65,20 +54,20 @@ def calibrate_layerwise(
 
     Args:
         model: its layers on disk.
+        corpora: from `calibrate.encoded`, after which the tokenizer can go.
         folder: where to put what memory need not hold. The statistics' matrices stay there, and
             are read from there, so it must stay as long as they are used.
-        tokenizer, target, distractors, gram, gradients, taylor, off_task, max_length, batch_tokens,
-            quiet: as for `calibrate`.
+        gram, gradients, taylor, off_task, batch_tokens, quiet: as for `calibrate`.
 
     Raises:
-        InputError: as `calibrate`, the checkpoint lacks a tensor, or the disk has no room.
+        InputError: NaN or Inf, or the disk has no room.
 
     Cost:
         As `calibrate`, where it keeps no activations, and each layer read once, with gradients
         twice. In memory a layer, what is in none, and an MLP's matrices; on disk `disk_bytes`.
     """
-    check_sizes(max_length, batch_tokens)
-    prompts, record = encoded(target, distractors, tokenizer, max_length)
+    check_sizes(corpora.max_length, batch_tokens)
+    prompts = corpora.prompts
     whole = [name for name in prompts if off_task or name == "target"]
     backwards = whole if gradients or taylor else []
     folder = Path(folder)
@@ -104,7 +93,7 @@ def calibrate_layerwise(
         [view.name for view in model.views],
         classes,
         fingerprint(model.views),
-        provenance_of(model.model, model.views, max_length, record),
+        corpora.provenance(model.model, model.views),
         replayed.get("target"),
         kept.get("target"),
         replayed.get("distractor"),

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import prunekit as pk
 from prunekit import layerwise
+from prunekit.calibrate import encoded
 from prunekit.checkpoint.offloaded import Offloaded
 from prunekit.checkpoint.save import PLAN
 from prunekit.checkpoint.shards import SINGLE
@@ -25,14 +26,18 @@ def offloaded(folder):
     return Offloaded(Checkpoint(folder, load_shape(folder, buffers=True)))
 
 
+def few(tokenizer):
+    return encoded(["w1 w2 w3"], (), tokenizer, 8)
+
+
 def both(folder, tokenizer, tmp_path, target, *distractors, **wanted):
     """The statistics of one calibration, in memory and layer by layer."""
     model = load(folder, device="cpu")
     whole = pk.calibrate(model, tokenizer, target, *distractors, **wanted, quiet=True)
     spill = tmp_path / "spill"
     spill.mkdir()
-    options = wanted | {"folder": spill, "quiet": True}
-    return whole, calibrate_layerwise(offloaded(folder), tokenizer, target, *distractors, **options)
+    read = encoded(target, *(distractors or [()]), tokenizer, 1024)
+    return whole, calibrate_layerwise(offloaded(folder), read, folder=spill, quiet=True, **wanted)
 
 
 # transformers gives some of their tensors other names on disk, which is said and not guessed.
@@ -79,7 +84,7 @@ def test_a_tensor_that_is_missing_is_said_before_any_work(tmp_path):
 def test_a_disk_without_room_is_refused(folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(layerwise.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(InputError, match=r"need 0\.00 GB there, and 0\.00 GB are free"):
-        calibrate_layerwise(offloaded(folder), tokenizer, ["w1 w2"], folder=tmp_path, quiet=True)
+        calibrate_layerwise(offloaded(folder), few(tokenizer), folder=tmp_path, quiet=True)
 
 
 def test_by_the_command(capsys, folder, texts, tmp_path):
@@ -115,4 +120,4 @@ def test_a_neuron_that_gives_nan_is_named(tokenizer, tmp_path):
     (tmp_path / "spill").mkdir()
     options = {"folder": tmp_path / "spill", "quiet": True}
     with pytest.raises(InputError, match=r"layers\.1\.mlp: the up weights of neuron 5"):
-        calibrate_layerwise(offloaded(tmp_path / "model"), tokenizer, ["w1 w2"], **options)
+        calibrate_layerwise(offloaded(tmp_path / "model"), few(tokenizer), **options)

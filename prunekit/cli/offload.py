@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from prunekit.calibrate import Encoded, encoded
 from prunekit.checkpoint.offloaded import Offloaded
 from prunekit.checkpoint.stream import Checkpoint
 from prunekit.cli.output import Output, megabytes
@@ -39,20 +40,18 @@ def _calibrated(
     shape = load_shape(config.model, dtype=config.dtype, buffers=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Offloaded(Checkpoint(folder, shape), device)
-    tokenizer = load_tokenizer(config.model)
+    read = _encoded(config)
     if not config.quiet:
         output.note(
             f"offload: {megabytes(model.other_bytes())} of weights stay in memory, and "
             f"{megabytes(model.layer_bytes())} of one layer of {len(model.layers)}"
         )
-    return calibrate_layerwise(
-        model,
-        tokenizer,
-        joined(corpora(config.target, tokenizer, config.limit)),
-        corpora(config.distractor, tokenizer, config.limit),
-        folder=place,
-        max_length=config.max_length,
-        batch_tokens=config.batch_tokens,
-        quiet=config.quiet,
-        **wanted,
-    )
+    options = {"batch_tokens": config.batch_tokens, "quiet": config.quiet}
+    return calibrate_layerwise(model, read, folder=place, **options, **wanted)
+
+
+def _encoded(config: CalibrateConfig | PruneConfig) -> Encoded:
+    tokenizer = load_tokenizer(config.model)
+    target = joined(corpora(config.target, tokenizer, config.limit))
+    distractors = corpora(config.distractor, tokenizer, config.limit)
+    return encoded(target, distractors, tokenizer, config.max_length)
