@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test test-all test-llamacpp test-vllm lint audit bench
+.PHONY: help demo test test-all test-llamacpp test-vllm docs lint audit bench
 .PHONY: fuzz bench-ops bench-compare bench-peers gpu-bench gpu-tune gpu-table clean
 .DEFAULT_GOAL := help
 
@@ -28,6 +28,7 @@ help:
 	@echo "make test-llamacpp  that llama.cpp computes what transformers does; compiles it, in minutes"
 	@echo "make test-vllm that vLLM on the CPU generates what transformers does; its own environment"
 	@echo "make fuzz      hostile input for every reader, ten minutes each; MINUTES=1 for less"
+	@echo "make docs      the documentation as a site, in site/"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
 	@echo "make bench     measure the operations and the main job on this machine"
@@ -107,6 +108,11 @@ fuzz: $(VENV)/.ready
 	@for reader in stats plan nested; do \
 	    $(BIN)/python -m tests.fuzz $$reader --header --minutes $(MINUTES) || exit 1; done
 
+docs: $(VENV)/.ready
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html"
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -141,4 +147,4 @@ gpu-table: $(VENV)/.ready
 	$(BIN)/python -m bench.gpu.page
 
 clean:
-	rm -rf build demo-out bench-out *.egg-info prunekit/_C*.so
+	rm -rf build demo-out bench-out site *.egg-info prunekit/_C*.so

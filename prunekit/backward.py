@@ -17,7 +17,7 @@ from prunekit.batching import Batch
 # Lengths are rounded up to a multiple of this by padding on the right, which no token sees: the
 # CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
 _ROUND = 32
-_HEAD_BYTES = 24 << 20  # of fp32 logits at a time
+HEAD_BYTES = 24 << 20  # of fp32 logits at a time
 IGNORED = -100  # cross_entropy's label for what is not to be scored
 KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
 
@@ -150,7 +150,7 @@ def _through_head(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -
     """The loss's gradient with respect to the decoder's output: [B, S, D]."""
     gradient = torch.zeros_like(hidden)
     labels = labels.to(hidden.device)
-    rows = max(_HEAD_BYTES // (4 * head.weight.shape[0]), 1)
+    rows = max(HEAD_BYTES // (4 * head.weight.shape[0]), 1)
     for chosen in (labels != IGNORED).flatten().nonzero().flatten().split(rows):
         part = hidden.flatten(0, 1)[chosen].requires_grad_()
         logits = head(part)

@@ -71,7 +71,16 @@ def calibrate_layerwise(
     whole = [name for name in prompts if off_task or name == "target"]
     backwards = whole if gradients or taylor else []
     folder = Path(folder)
-    room, need = shutil.disk_usage(folder).free, disk_bytes(model, prompts, whole, gram, backwards)
+    need = disk_bytes(
+        [view.width for view in model.views],
+        model.views[0].down.shape[0],
+        len(model.layers),
+        model.views[0].gate.element_size(),
+        max(sum(len(p.ids) for p in mine) for mine in prompts.values()),
+        gram=len(whole) if gram else 0,
+        backwards=len(backwards),
+    )
+    room = shutil.disk_usage(folder).free
     if need > room:
         raise InputError(
             f"{folder}: hidden states and matrices need {need / 1e9:.2f} GB there, and "
@@ -102,27 +111,26 @@ def calibrate_layerwise(
 
 
 def disk_bytes(
-    model: Offloaded,
-    prompts: dict[str, list[Tokens]],
-    whole: Sequence[str],
-    gram: bool,
-    backwards: Sequence[str],
+    widths: Sequence[int],
+    hidden: int,
+    layers: int,
+    itemsize: int,
+    tokens: int,
+    *,
+    gram: int,
+    backwards: int,
 ) -> int:
-    """What `calibrate_layerwise` puts on disk at most: hidden states of a class, and all matrices.
+    """What `calibrate_layerwise` puts on disk at most.
 
     Args:
-        prompts: encoded, by class.
-        whole: the classes that matrices are gathered of, if ``gram``.
-        backwards: those that run backwards: every layer's hidden states are kept, not two layers'.
+        widths: F of each MLP. hidden: D. itemsize: bytes a weight.
+        tokens: of the largest class of prompts.
+        gram: how many classes Gram matrices are gathered of.
+        backwards: how many run backwards; then the hidden states of all layers are kept, not two
+            layers'.
     """
-    wide = sum(view.width**2 for view in model.views) if gram else 0
-    narrow = sum(view.down.shape[0] ** 2 for view in model.views)
-    size = model.views[0].down.shape[0] * model.views[0].gate.element_size()
-    hidden = [
-        sum(len(p.ids) for p in mine) * (len(model.layers) + 3 if name in backwards else 2)
-        for name, mine in prompts.items()
-    ]
-    return 4 * (wide * len(whole) + narrow * len(backwards)) + size * max(hidden)
+    matrices = gram * sum(width**2 for width in widths) + backwards * len(widths) * hidden**2
+    return 4 * matrices + itemsize * hidden * tokens * (layers + 3 if backwards else 2)
 
 
 class _Hidden:

@@ -135,7 +135,7 @@ def test_the_squares_are_each_tokens_in_the_prompts_order(
 ):
     """Small pieces of the head and batches of several prompts give what autograd does for each."""
     monkeypatch.setattr(backward, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(backward, "_HEAD_BYTES", 4 * 100 * 5)  # five tokens of a vocabulary of 100
+    monkeypatch.setattr(backward, "HEAD_BYTES", 4 * 100 * 5)  # five tokens of a vocabulary of 100
     model = tiny_model(name)
     few = ["w5", *texts[:6]]
     stats = pk.calibrate(model, tokenizer, few, gram=True, gradients=True, quiet=True)

@@ -14,7 +14,15 @@ from prunekit.cli.output import Output
 from prunekit.cli.sources import joined
 from prunekit.config import PruneConfig
 from prunekit.corpus import Corpus
-from prunekit.measure.cost import Phase, Rates, Shape, Work, measure_rates, predict
+from prunekit.measure.cost import (
+    Phase,
+    Rates,
+    Shape,
+    Work,
+    measure_rates,
+    predict,
+    spilled_bytes,
+)
 from prunekit.measure.provenance import device_name
 
 PROMPTS, LENGTH = 200, 180  # of a corpus that is not named
@@ -29,6 +37,7 @@ class Forecast:
     phases: list[Phase]
     output_bytes: int
     statistics_bytes: int
+    spilled_bytes: int
 
     @property
     def seconds(self) -> float:
@@ -53,9 +62,10 @@ class Forecast:
         """In one line."""
         work = self.work
         text = f"{work.prompts:,} prompts, {work.tokens:,} tokens: " if work.tokens else ""
+        spilled = f", {gigabytes(self.spilled_bytes)} more meanwhile" if self.spilled_bytes else ""
         return (
             f"predicted {text}{duration(self.seconds)}, peak memory {gigabytes(self.peak_bytes)}, "
-            f"{gigabytes(self.output_bytes)} on disk"
+            f"{gigabytes(self.output_bytes)} on disk{spilled}"
         )
 
     def show(self, output: Output) -> None:
@@ -108,7 +118,9 @@ def forecast(model: nn.Module, work: Work, widths: Sequence[int]) -> Forecast:
     grams = sum(width**2 for width, _ in shape.mlps) if work.gram else 0
     metrics = len(shape.mlps) * shape.hidden**2 if work.gradients else 0
     plain = 8 * 7 * sum(width for width, _ in shape.mlps)
-    return Forecast(work, rates, phases, shape.pruned_bytes(widths), 4 * (grams + metrics) + plain)
+    statistics = 4 * (grams + metrics) + plain
+    spilled = spilled_bytes(shape, work)
+    return Forecast(work, rates, phases, shape.pruned_bytes(widths), statistics, spilled)
 
 
 def duration(seconds: float) -> str:

@@ -222,6 +222,7 @@ def _work(config: PruneConfig, target: list[Tokens], distractors: list[Tokens]) 
         minutes=config.minutes,
         steps=config.steps,
         rehearsals=2 if _shares(config) and method in REHEARSED else 0,
+        offloaded=config.offload == "disk",
     )
 
 
@@ -327,7 +328,8 @@ def _check_goal(config: PruneConfig) -> None:
 
 
 def _method(config: PruneConfig, *, has_target: bool) -> str:
-    return config.compensate or ("sequential" if has_target else "none")
+    best = "lstsq" if config.offload == "disk" else "sequential"
+    return config.compensate or (best if has_target else "none")
 
 
 def _solves(method: str) -> bool:

@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.arch import MLPView, decoder_layers, find_mlps, text_config
-from prunekit.backward import KEPT_BYTES, kept_bytes
+from prunekit.backward import HEAD_BYTES, KEPT_BYTES, kept_bytes
 from prunekit.gradients import BATCH_TOKENS
+from prunekit.layerwise import disk_bytes
 from prunekit.measure.memory import parameter_count
 from prunekit.ops.gram import bf16_products
 from prunekit.ops.linear import linear
@@ -131,7 +132,8 @@ class Work:
     ``calibrates`` is False where statistics are at hand; ``eliminates`` where the criterion is one
     of reconstruction; ``others`` counts the distractors' tokens, which only run forwards,
     ``scored`` those of T that the loss is taken of; ``minutes`` or, where they are given, ``steps``
-    bound a distillation; ``rehearsals`` are repairs that only show what a plan is worth.
+    bound a distillation; ``rehearsals`` are repairs that only show what a plan is worth;
+    ``offloaded`` where one layer is in memory at a time.
     """
 
     tokens: int
@@ -146,6 +148,7 @@ class Work:
     minutes: float = 0.0
     steps: int = 0
     rehearsals: int = 0
+    offloaded: bool = False
 
 
 def _routed(model: nn.Module, views: list[MLPView]) -> float:
@@ -203,11 +206,7 @@ def predict(shape: Shape, rates: Rates, work: Work, widths: Sequence[int]) -> li
     Returns:
         One a phase, in order; the run takes the sum of the seconds and the maximum of the bytes.
     """
-    base = _PROCESS + shape.total * shape.itemsize
-    if work.gram:
-        base += 4 * sum(width**2 for width, _ in shape.mlps)
-    if work.gradients:
-        base += 4 * len(shape.mlps) * shape.hidden**2
+    base = _PROCESS + (_one_layer(shape, work) if work.offloaded else _whole(shape, work))
     phases = []
     if work.calibrates:
         phases.append(_forward(shape, rates, work, base))
@@ -222,13 +221,37 @@ def predict(shape: Shape, rates: Rates, work: Work, widths: Sequence[int]) -> li
             phases.append(Phase("rehearsal", *twice, repair.bytes))
         phases.append(repair)
     elif work.method == "lstsq":
-        phases.append(_lstsq(shape, rates, widths, base))
+        phases.append(_lstsq(shape, rates, work, widths, base))
     if work.method == "distill":
         phases.append(_teacher(shape, rates, work, base))
         phases += _distill(shape, rates, work, widths, base)
     written = shape.pruned_bytes(widths)
-    phases.append(Phase("save", 0.0, written / _DISK, base + written))
+    held = 0 if work.offloaded else written
+    phases.append(Phase("save", 0.0, written / _DISK, base + held))
     return phases
+
+
+def spilled_bytes(shape: Shape, work: Work) -> int:
+    """What lies on disk while the work runs, where one layer is in memory at a time."""
+    if not work.offloaded:
+        return 0
+    widths = [width for width, _ in shape.mlps]
+    sizes = shape.hidden, shape.layers, shape.itemsize
+    return disk_bytes(widths, *sizes, work.tokens, gram=work.gram, backwards=work.gradients)
+
+
+def _whole(shape: Shape, work: Work) -> float:
+    """Bytes of the weights and of the statistics' matrices."""
+    grams = sum(width**2 for width, _ in shape.mlps) if work.gram else 0
+    metrics = len(shape.mlps) * shape.hidden**2 if work.gradients else 0
+    return shape.total * shape.itemsize + 4 * (grams + metrics)
+
+
+def _one_layer(shape: Shape, work: Work) -> float:
+    """Bytes of the weights in no layer, of one layer's, and of an MLP's matrices as they close."""
+    weights = shape.total - shape.decoder * (1 - 1 / shape.layers)
+    largest = max(width for width, _ in shape.mlps) if work.gram else 0
+    return weights * shape.itemsize + 12 * largest**2
 
 
 def _around(shape: Shape, rates: Rates, work: Work, rate: float, itemsize: int) -> float:
@@ -250,14 +273,17 @@ def _forward(shape: Shape, rates: Rates, work: Work, base: float) -> Phase:
 
 def _gradients(shape: Shape, rates: Rates, work: Work, base: float) -> Phase:
     held = BATCH_TOKENS * shape.kept
-    again = held > KEPT_BYTES
+    again = work.offloaded or held > KEPT_BYTES
     products = work.tokens * (4 if again else 2) * shape.decoder + 4 * work.scored * shape.head
     grams = work.tokens * sum(part for _, part in shape.mlps) * shape.hidden**2
     around = _around(shape, rates, work, rates.products, shape.itemsize) * (3 if again else 2)
     loss = 40 * work.scored * shape.vocabulary / rates.copy
     seconds = products / rates.products + grams / rates.wide + around + loss
-    held = held / shape.layers + BATCH_TOKENS * shape.layers * 2 * shape.hidden if again else held
-    return Phase("gradients", products + grams, seconds, base + _SLACK * held + 3 * (1 << 26))
+    if again:
+        held /= shape.layers
+    if again and not work.offloaded:
+        held += BATCH_TOKENS * shape.layers * 2 * shape.hidden
+    return Phase("gradients", products + grams, seconds, base + _SLACK * held + 3 * HEAD_BYTES)
 
 
 def _score(shape: Shape, rates: Rates, base: float) -> Phase:
@@ -312,8 +338,9 @@ def _distill(shape, rates, work: Work, widths: Sequence[int], base: float) -> li
     ]
 
 
-def _lstsq(shape, rates, widths: Sequence[int], base: float) -> Phase:
+def _lstsq(shape, rates, work: Work, widths: Sequence[int], base: float) -> Phase:
     flops = sum(_solve(shape, kept, 1) for kept in widths)
     largest = max(width for width, _ in shape.mlps)
-    held = 16 * largest**2 + 8 * shape.hidden * sum(widths)
+    repairs = max(widths) if work.offloaded else sum(widths)
+    held = 16 * largest**2 + 8 * shape.hidden * repairs
     return Phase("repair", flops, flops / rates.fp64, base + _SLACK * held)

@@ -71,9 +71,9 @@ def recover(
         method: lora (default), full, or distill: to imitate ``teacher`` on the data.
         teacher: the dense model, of the same tokenizer.
         preset: paper-math or paper-code: the hyperparameters of arXiv 2604.27115.
-        epochs, steps, learning_rate, batch, accumulation, warmup, max_length, limit, rank, alpha,
-            dropout, logits_weight, hidden_weight, dtype, seed: see `recover.Settings`; None takes
-            the preset's, or the method's default.
+        epochs, steps, learning_rate, batch, accumulation, warmup, max_length, limit: see
+            `recover.Settings`; None takes the preset's, or the method's default.
+        rank, alpha, dropout, logits_weight, hidden_weight, dtype, seed: so are these.
         held_out: a corpus to measure the loss on, before and after; by default the first of the
             data itself.
         folder: for checkpoints; None writes none.
