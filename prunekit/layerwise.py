@@ -71,12 +71,18 @@ def calibrate_layerwise(
     whole = [name for name in prompts if off_task or name == "target"]
     backwards = whole if gradients or taylor else []
     folder = Path(folder)
+    groups = {
+        name: gradient_batches(mine, taylor=taylor)
+        if name in backwards
+        else list(batches(mine, batch_tokens))
+        for name, mine in prompts.items()
+    }
     need = disk_bytes(
         [view.width for view in model.views],
         model.views[0].down.shape[0],
         len(model.layers),
         model.views[0].gate.element_size(),
-        max(sum(len(p.ids) for p in mine) for mine in prompts.values()),
+        max(sum(batch.ids.numel() for batch in mine) for mine in groups.values()),
         gram=len(whole) if gram else 0,
         backwards=len(backwards),
     )
@@ -92,9 +98,9 @@ def calibrate_layerwise(
         for name, mine in prompts.items():
             work = _Class(model, name, mine, folder, gram and name in whole, quiet)
             if name in backwards:
-                squares[name] = work.forth_and_back(taylor=taylor)
+                squares[name] = work.forth_and_back(groups[name], taylor=taylor)
             else:
-                work.forth(list(batches(mine, batch_tokens)))
+                work.forth(groups[name])
             classes[name] = work.sums
     replayed = {name: prompts[name] if name in whole and gram else None for name in prompts}
     kept = {name: squares.get(name) for name in whole if gram}
@@ -124,7 +130,7 @@ def disk_bytes(
 
     Args:
         widths: F of each MLP. hidden: D. itemsize: bytes a weight.
-        tokens: of the largest class of prompts.
+        tokens: of the largest class of prompts, padding included.
         gram: how many classes Gram matrices are gathered of.
         backwards: how many run backwards; then the hidden states of all layers are kept, not two
             layers'.
@@ -192,9 +198,9 @@ class _Class:
                 self.hidden.drop(number, len(groups))
         self.hidden.drop(len(self.model.layers), len(groups))
 
-    def forth_and_back(self, *, taylor: bool) -> list[torch.Tensor | None]:
+    def forth_and_back(self, groups: list[Batch], *, taylor: bool) -> list[torch.Tensor | None]:
         """Run forwards, and the loss backwards; returns what `add_gradients` does."""
-        model, groups = self.model, gradient_batches(self.prompts, taylor=taylor)
+        model = self.model
         squares = output_squares(model.views, self.prompts)
         last = len(model.layers)
         with self._bar(groups, passes=2) as bar:

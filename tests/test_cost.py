@@ -164,6 +164,28 @@ def test_a_config_alone_is_enough_for_a_dry_run(size, tmp_path, capsys, fixed_ra
     assert "taken to be 200 prompts of 180 tokens" in text
 
 
+@pytest.mark.parametrize("size", CONFIGS)
+def test_a_layer_at_a_time_takes_disk_for_memory(size, tmp_path, capsys, fixed_rates):
+    config, _, _ = CONFIGS[size]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = []
+    for offload in ("none", "disk"):
+        options = ["--sparsity", "0.35", "--compensate", "lstsq", "--offload", offload]
+        assert main(["prune", str(tmp_path), *options, "--dry-run", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["forecast"])
+    whole, layer = found
+    hidden, width, layers = (
+        config[n] for n in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    states = 36000 * hidden * 2 * (layers + 3)
+    matrices = 4 * layers * (width**2 + hidden**2)
+    assert (whole["spilled_bytes"], layer["spilled_bytes"]) == (0, states + matrices)
+    assert layer["peak_bytes"] < 0.4 * whole["peak_bytes"]
+    assert layer["peak_bytes"] > 24 * width**2
+    assert main(["prune", str(tmp_path), *options, "--dry-run"]) == 0
+    assert "GB more meanwhile" in capsys.readouterr().out
+
+
 def test_a_dry_run_counts_tokens_and_loads_no_weight(
     tmp_path, folder, capsys, monkeypatch, fixed_rates
 ):

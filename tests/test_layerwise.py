@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import prunekit as pk
 from prunekit import layerwise
+from prunekit.batching import batches
 from prunekit.calibrate import encoded
 from prunekit.checkpoint.offloaded import Offloaded
 from prunekit.checkpoint.save import PLAN
@@ -16,8 +17,9 @@ from prunekit.checkpoint.shards import SINGLE
 from prunekit.checkpoint.stream import Checkpoint
 from prunekit.cli import main
 from prunekit.errors import InputError
+from prunekit.gradients import gradient_batches
 from prunekit.integrations.loading import load, load_shape
-from prunekit.layerwise import calibrate_layerwise
+from prunekit.layerwise import calibrate_layerwise, disk_bytes
 from tests.models import TINY, tiny_model
 from tests.same import assert_same
 
@@ -38,6 +40,27 @@ def both(folder, tokenizer, tmp_path, target, *distractors, **wanted):
     spill.mkdir()
     read = encoded(target, *(distractors or [()]), tokenizer, 1024)
     return whole, calibrate_layerwise(offloaded(folder), read, folder=spill, quiet=True, **wanted)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_more_lies_on_disk_than_is_predicted(gradients, folder, tokenizer, texts, tmp_path):
+    most, put = 0, layerwise._Hidden.put
+
+    def watching(self, *arguments):
+        nonlocal most
+        put(self, *arguments)
+        most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
+
+    read, wanted = encoded(texts, (), tokenizer, 64), {"gram": True, "gradients": gradients}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layerwise._Hidden, "put", watching)
+        calibrate_layerwise(offloaded(folder), read, folder=tmp_path, quiet=True, **wanted)
+    mine = read.prompts["target"]
+    groups = gradient_batches(mine, taylor=False) if gradients else batches(mine, 2048)
+    tokens = sum(batch.ids.numel() for batch in groups)
+    predicted = disk_bytes([96] * 2, 32, 2, 4, tokens, gram=1, backwards=int(gradients))
+    headers = 400 * len(list(tmp_path.iterdir()))
+    assert 0.7 * predicted < most <= predicted + headers
 
 
 # transformers gives some of their tensors other names on disk, which is said and not guessed.
