@@ -75,10 +75,9 @@ def run(config: PruneConfig, output: Output) -> int:
     if streamed(config, drawn=_drawn(config)):
         if not config.target:
             return stream(config, output, _chosen_on_disk)
-        with calibrated_on_disk(
-            config, output, **_wanted(config, config.compensate or "lstsq")
-        ) as s:
-            return stream(config, output, _chosen_on_disk, s)
+        wanted = _wanted(config, _method(config, has_target=True))
+        with calibrated_on_disk(config, output, **wanted) as stats:
+            return stream(config, output, _chosen_on_disk, stats)
     given = PrunePlan.load(config.plan) if config.plan else None
     stats = NeuronStats.load(config.stats) if config.stats else None
     tokenizer = load_tokenizer(config.model)
@@ -300,7 +299,8 @@ def _shares(config: PruneConfig) -> bool:
 
 
 _GOALS = ("sparsity", "target_bytes", "target_speedup", "max_loss_rise", "plan")
-_OF_PRUNE = ("distractor", "stats", "strategy", "allocation", "compensate", "seed", "dry_run")
+_OF_PRUNE = ("distractor", "stats", "strategy", "allocation", "compensate", "seed", "offload")
+_OF_PRUNE += ("dry_run",)
 
 
 def _check_goal(config: PruneConfig) -> None:
