@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from prunekit.calibrate import Encoded, encoded
+from prunekit.calibrate import Encoded, check_sizes, encoded
 from prunekit.checkpoint.offloaded import Offloaded
 from prunekit.checkpoint.stream import Checkpoint
 from prunekit.cli.output import Output, megabytes
@@ -36,6 +36,7 @@ def calibrated_on_disk(
 def _calibrated(
     config: CalibrateConfig | PruneConfig, output: Output, place: Path, wanted: dict[str, bool]
 ) -> NeuronStats:
+    check_sizes(config.max_length, config.batch_tokens)
     folder = weights_folder(config.model)
     shape = load_shape(config.model, dtype=config.dtype, buffers=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
