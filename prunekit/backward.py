@@ -63,6 +63,15 @@ def hand_on(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch
 
 
 @contextmanager
+def idle(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, decoder layers hand on what they get."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(calling_instead(layer, hand_on))
+        yield
+
+
+@contextmanager
 def loss_backward(
     model: nn.Module, views: Sequence[MLPView], groups: Sequence[Batch]
 ) -> Iterator[Callable[[Batch], None]]:
@@ -142,7 +151,7 @@ def _logits_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     wide.sub_(wide.amax(-1, keepdim=True)).exp_()
     wide.div_(wide.sum(-1, keepdim=True))
-    wide[torch.arange(len(labels), device=labels.device), labels] -= 1
+    wide[torch.arange(len(labels), device=wide.device), labels.to(wide.device)] -= 1
     return wide.to(logits.dtype)
 
 

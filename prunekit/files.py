@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from prunekit.errors import InputError
-from prunekit.tensors import DTYPES, NAMES, Entry, read_shard, write_shard
+from prunekit.tensors import DTYPES, NAMES, Entry, Shard, read_shard, write_shard
 from prunekit.values import conform, parse_json
 
 MODEL_MARKER = "config.json"  # what makes a folder one that --force may replace
@@ -215,12 +215,13 @@ def find_tensors(path: str | Path, kind: str) -> tuple[dict[str, Entry], dict[st
     Raises:
         InputError: the file is missing, cut short, no safetensors, or of another kind or version.
     """
-    header = read_header(path)
+    shard = read_shard(Path(path))
+    header = _header(shard)
     if header.get("kind") != kind or header.get("version") != 1:
         known = "kind" in header
         found = f"{header['kind']} version {header.get('version')}" if known else "no prunekit file"
         raise InputError(f"{path}: is {found}, expected {kind} version 1")
-    return {entry.name: entry for entry in read_shard(Path(path)).entries}, header
+    return {entry.name: entry for entry in shard.entries}, header
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -235,10 +236,13 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """Read the JSON header of a prunekit safetensors file; {} if it carries none."""
-    metadata = read_shard(Path(path)).metadata
+    return _header(read_shard(Path(path)))
+
+
+def _header(shard: Shard) -> dict[str, Any]:
     try:
-        header = parse_json(metadata.get("prunekit", "{}"))
+        header = parse_json(shard.metadata.get("prunekit", "{}"))
         conform(header, dict, "header")
         return header
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: is no whole safetensors file: {error}") from error
+        raise InputError(f"{shard.path}: is no whole safetensors file: {error}") from error

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from prunekit.arch import MLPView, check_finite, fingerprint, verify_views
-from prunekit.backward import loss_backward
+from prunekit.backward import idle, loss_backward
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.calibrate import Encoded, Recorder, check_sizes, check_sums
 from prunekit.checkpoint.offloaded import Offloaded
@@ -102,8 +102,8 @@ def calibrate_layerwise(
             else:
                 work.forth(groups[name])
             classes[name] = work.sums
-    replayed = {name: prompts[name] if name in whole and gram else None for name in prompts}
-    kept = {name: squares.get(name) for name in whole if gram}
+    replayed = {name: prompts[name] for name in whole if gram}
+    kept = {name: squares.get(name) for name in replayed}
     return NeuronStats(
         [view.name for view in model.views],
         classes,
@@ -262,7 +262,7 @@ class _Class:
     def _through_the_head(self, groups: list[Batch]) -> None:
         """Leave the loss's gradient at the last layer's output."""
         model, last = self.model, len(self.model.layers)
-        with model.idle(), loss_backward(model.model, model.views, groups) as backward:
+        with idle(model.layers), loss_backward(model.model, model.views, groups) as backward:
             for b, batch in enumerate(groups):
                 leaving = self._entering(last, b, True)
                 with model.ending(leaving):

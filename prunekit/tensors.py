@@ -126,8 +126,8 @@ def read_shard(path: Path) -> Shard:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        total, stamp = found.st_size, found.st_mtime_ns
+        status = os.fstat(file.fileno())
+        total, stamp = status.st_size, status.st_mtime_ns
         length = int.from_bytes(file.read(8), "little")
         if total < 8 or not 2 <= length <= min(HEADER_BYTES, total - 8):
             raise InputError(f"{path}: is no whole safetensors file: its header is cut short")
@@ -147,7 +147,10 @@ def read_shard(path: Path) -> Shard:
             )
         place += entry.size
     if place != total:
-        raise InputError(f"{path}: has {total} bytes where its header says {place}; get it anew")
+        raise InputError(
+            f"{path}: is no whole safetensors file: has {total} bytes where its header says "
+            f"{place}; get it anew"
+        )
     return Shard(path, tuple(found), metadata, hashlib.sha256(text).hexdigest())
 
 

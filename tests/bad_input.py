@@ -32,7 +32,6 @@ FOREIGN = (
     "cannot be loaded",
     "cannot be read",
     "no tokenizer",
-    "is no whole safetensors file",
     "invalid choice",
     "invalid float",
     "unrecognized arguments",

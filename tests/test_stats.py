@@ -176,7 +176,7 @@ def test_a_file_that_is_cut_short_or_of_another_kind_is_refused(tmp_path, llama,
     whole = path.read_bytes()
     for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match=r"no whole safetensors file|its header says"):
+        with pytest.raises(InputError, match="no whole safetensors file"):
             NeuronStats.load(path)
     with pytest.raises(InputError, match="no such file"):
         NeuronStats.load(tmp_path / "missing")

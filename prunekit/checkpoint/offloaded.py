@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from prunekit.arch import decoder_layers, decoder_of, members
-from prunekit.backward import calling_instead, hand_on
+from prunekit.backward import calling_instead, idle
 from prunekit.batching import Batch
 from prunekit.checkpoint.stream import Checkpoint
-from prunekit.errors import InputError
-from prunekit.tensors import Entry
 
 # A layer alone: a batch and what enters the layer, [B, S, D], give what leaves it, [B, S, D].
 Alone = Callable[[Batch, torch.Tensor], torch.Tensor]
@@ -59,21 +57,10 @@ class Offloaded:
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta:  # a layer's: to be there when its turn comes
-                self._entry(name, parameter)
+                checkpoint.fitting(name, parameter)
 
     def _name(self, module: nn.Module, attribute: str) -> str:
         return f"{self._names[id(module)]}.{attribute}"
-
-    def _entry(self, name: str, parameter: nn.Parameter) -> Entry:
-        found, wanted = self.checkpoint.find(name), list(parameter.shape)
-        if found is None:
-            raise InputError(self.checkpoint.lacks(name))
-        if list(found.shape) != wanted:
-            raise InputError(
-                f"{self.checkpoint.shards.folder}: {name} is {list(found.shape)}, but the "
-                f"configuration says {wanted}"
-            )
-        return found
 
     def _fill(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Read the parameters that are on disk; returns what was in their places."""
@@ -83,7 +70,9 @@ class Offloaded:
                 name = self._name(module, attribute)
                 if parameter is None or self.checkpoint.find(name) is None:
                     continue
-                value = self._entry(name, parameter).read().to(self.device, parameter.dtype)
+                value = (
+                    self.checkpoint.fitting(name, parameter).read().to(self.device, parameter.dtype)
+                )
                 before.append((module, attribute, parameter))
                 module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
         return before
@@ -107,14 +96,6 @@ class Offloaded:
         total = sum(p.nbytes for p in self.model.parameters())
         return total - sum(p.nbytes for layer in self.layers for p in layer.parameters())
 
-    @contextmanager
-    def idle(self) -> Iterator[None]:
-        """Inside, every layer hands on what it gets."""
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(calling_instead(layer, hand_on))
-            yield
-
     def _run(self, batch: Batch) -> None:
         decoder_of(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
 
@@ -126,7 +107,7 @@ class Offloaded:
             seen.append(hidden_states)
             return hidden_states
 
-        with self.idle(), calling_instead(self.layers[0], keep):
+        with idle(self.layers), calling_instead(self.layers[0], keep):
             self._run(batch)
         return seen[0]
 
@@ -147,10 +128,10 @@ class Offloaded:
             self._run(batch)
             return place.pop("out")
 
-        with self.idle(), calling_instead(layer, here):
+        with idle(self.layers), calling_instead(layer, here):
             yield run
 
     def ending(self, hidden: torch.Tensor) -> AbstractContextManager[None]:
-        """Inside `idle`, where layers ran `alone` before: the last one returns this."""
+        """Inside, the last layer returns this; the layers ran `alone` before."""
         given = (hidden,) if self._tuples else hidden
         return calling_instead(self.layers[-1], lambda *_, **__: given)

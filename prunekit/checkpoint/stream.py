@@ -51,23 +51,30 @@ class Checkpoint:
         self._names = parameter_names(shape)
         for view in self.views:
             for slot in view.slots.values():
-                entry, expected = self.entry(slot), tuple(slot.parameter.shape)
-                if entry.shape != expected:
-                    raise InputError(
-                        f"{folder}: {entry.name} is {list(entry.shape)}, but the configuration "
-                        f"says {list(expected)}"
-                    )
+                self.fitting(self._names[id(slot.owner), slot.name], slot.parameter)
 
     def entry(self, slot: Slot) -> Entry:
         """Where on disk the parameter of a slot lies."""
-        name = self._names[id(slot.owner), slot.name]
+        return self._known(self._names[id(slot.owner), slot.name])
+
+    def fitting(self, name: str, parameter: torch.Tensor) -> Entry:
+        """Where on disk a tensor lies.
+
+        Raises:
+            InputError: it is not there, or not of the parameter's shape.
+        """
+        found = self._known(name)
+        if found.shape != tuple(parameter.shape):
+            raise InputError(
+                f"{self.shards.folder}: {found.name} is {list(found.shape)}, but the "
+                f"configuration says {list(parameter.shape)}"
+            )
+        return found
+
+    def _known(self, name: str) -> Entry:
         if (found := self.find(name)) is not None:
             return found
-        raise InputError(self.lacks(name))
-
-    def lacks(self, name: str) -> str:
-        """What to say where a tensor is not there."""
-        return (
+        raise InputError(
             f"{self.shards.folder}: has no tensor {name}; its names are not those of "
             f"{type(self.shape).__name__}, so it cannot stay on disk: load it, without --no-load "
             "and --offload"

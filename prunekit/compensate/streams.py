@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunekit.arch import MLPView, Slot, decoder_of
-from prunekit.backward import calling_instead, hand_on
+from prunekit.backward import calling_instead, idle
 from prunekit.batching import Batch
 from prunekit.nn import is_bare
 from prunekit.ops.gram import bf16_products
@@ -63,12 +63,14 @@ def record_calls(
     What a layer is called with beside its hidden states seldom depends on them. Whether it does
     here, the first batch tells; if not, layers hand on what they get, and cost nothing.
     """
-    calls = [_record(model, layers, batches[0], idle=False)]
-    idle = _equal(calls[0].rest, _record(model, layers, batches[0], idle=True).rest)
-    return calls + [_record(model, layers, batch, idle=idle) for batch in batches[1:]]
+    calls = [_record(model, layers, batches[0], handing_on=False)]
+    same = _equal(calls[0].rest, _record(model, layers, batches[0], handing_on=True).rest)
+    return calls + [_record(model, layers, batch, handing_on=same) for batch in batches[1:]]
 
 
-def _record(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, *, idle: bool) -> Calls:
+def _record(
+    model: nn.Module, layers: Sequence[nn.Module], batch: Batch, *, handing_on: bool
+) -> Calls:
     device = next(model.parameters()).device
     calls = Calls(torch.empty(0), batch.counted().to(device))
     wide = _Wide()
@@ -84,8 +86,8 @@ def _record(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, *, idle
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
-            if idle:
-                stack.enter_context(calling_instead(layer, hand_on))
+        if handing_on:
+            stack.enter_context(idle(layers))
         decoder_of(model)(input_ids=batch.ids.to(device), use_cache=False)
     return calls
 
@@ -96,11 +98,8 @@ def logits_after(
 ) -> torch.Tensor:
     """The model's logits, [B, S, V], from what its last layer gives for a batch: [B, S, D]."""
     device = next(model.parameters()).device
-    with ExitStack() as stack:
-        for layer in layers[:-1]:
-            stack.enter_context(calling_instead(layer, hand_on))
-        dtype = next(model.parameters()).dtype
-        stack.enter_context(calling_instead(layers[-1], lambda *_, **__: hidden.to(dtype)))
+    dtype = next(model.parameters()).dtype
+    with idle(layers[:-1]), calling_instead(layers[-1], lambda *_, **__: hidden.to(dtype)):
         return model(input_ids=batch.ids.to(device), use_cache=False).logits
 
 
