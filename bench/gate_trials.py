@@ -106,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prune(model, plan_of_widths(model, 0.5, 64), compensate="none")
     models = {"half": compact_modules(model)}
     sizes = {"prompt": options.prompt, "generate": options.generate, "batch": [1]}
-    before = gate.measured(models, **sizes)(options.rounds)
+    tests, more = gate.measured(models, **sizes)
+    before = more(options.rounds, tests)
     answers: dict[str, Counter] = {kind: Counter() for kind in options.kind}
     trials = []
     for number in range(options.trials):
@@ -116,10 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 change = slowed(models["half"], SLOWER) if "slower" in kind else nullcontext()
                 stack.enter_context(change)
                 begun = time.monotonic()
-                more = gate.measured(models, **sizes)
+                _, more = gate.measured(models, **sizes)
                 found = gate.decide(before, more, options.max_regression, options.time_limit)
             answers[kind][said(found)] += 1
-            changes = {v.test: (round(v.change, 4), v.verdict) for v in found}
+            changes = {v.test: (round(v.change, 4), v.rounds, v.verdict) for v in found}
             seconds = round(time.monotonic() - begun, 1)
             trials.append({"kind": kind, "said": said(found), "seconds": seconds, "tests": changes})
             print(f"{number + 1:3} {kind:16} {said(found):10} {seconds:6.1f} s", flush=True)

@@ -15,12 +15,12 @@ def machine(seed, slow_down=1.0, noise=0.03, spikes=0.1):
     """Ratios as a shared machine gives them: noise, and now and then another process."""
     draw = random.Random(seed)
 
-    def more(rounds):
+    def more(rounds, tests=("tg",)):
         def once():
             busy = 1 + draw.random() if draw.random() < spikes else 1.0
             return slow_down * busy * draw.gauss(1.0, noise)
 
-        return {"tg": [once() for _ in range(rounds)]}
+        return {test: [once() for _ in range(rounds)] for test in tests}
 
     return more
 
@@ -64,6 +64,32 @@ def test_too_much_noise_is_not_decided():
     assert found.verdict == UNDECIDED
 
 
+def test_what_is_decided_is_not_timed_again():
+    noises, asked = {"steady": 0.002, "wild": 0.3}, []
+
+    def more(rounds, tests):
+        asked.append(list(tests))
+        known = {t: machine(len(asked), noise=noises[t], spikes=0) for t in tests}
+        return {test: known[test](rounds, [test])[test] for test in tests}
+
+    before = {test: machine(99, noise=n, spikes=0)(11)["tg"] for test, n in noises.items()}
+    steady, wild = decide(before, more, 0.05, 4, steps())
+    assert asked[0] == ["steady", "wild"]
+    assert set(map(tuple, asked[1:])) == {("wild",)}
+    assert steady.rounds == gate.ROUNDS
+    assert wild.rounds == len(asked) * gate.ROUNDS > gate.ROUNDS
+
+
+def test_a_ratio_is_to_the_reference_before_and_after():
+    assert gate.ratios_to([1.0, 3.0, 5.0], [4.0, 2.0]) == [2.0, 0.5]
+    order = []
+    cases = {name: lambda name=name: order.append(name) for name in "ab"}
+    assert list(gate.between(cases, lambda: order.append("r"))) == ["a", "b"]
+    assert order == list("rarbr")
+    assert gate.between({}, lambda: order.append("r")) == {}
+    assert order == list("rarbr")
+
+
 def test_the_interval_holds_the_true_ratio():
     held = 0
     for seed in range(300):
@@ -80,11 +106,17 @@ def test_few_rounds_raise_no_alarm():
 
 def test_ratios_of_a_model(llama, tmp_path):
     sizes = {"prompt": 8, "generate": 2, "batch": [1]}
-    more = gate.measured({"m": llama, "small": tiny_model("llama", intermediate_size=16)}, **sizes)
-    ratios = more(2)
+    models = {"m": llama, "small": tiny_model("llama", intermediate_size=16)}
+    names, more = gate.measured(models, **sizes)
+    ratios = more(2, names)
     tests = "MLPs pp8", "MLPs tg8", "pp8", "tg2"
-    assert sorted(ratios) == [f"{name} {test} batch 1" for name in ("m", "small") for test in tests]
+    assert (
+        sorted(names)
+        == sorted(ratios)
+        == [f"{name} {test} batch 1" for name in ("m", "small") for test in tests]
+    )
     assert all(len(each) == 2 and min(each) > 0 for each in ratios.values())
+    assert list(more(1, names[:1])) == names[:1]
     options = sizes | {"models": ["m"]}
     gate.save_baseline(tmp_path / "b.json", ratios, options)
     assert gate.read_baseline(tmp_path / "b.json", options) == ratios

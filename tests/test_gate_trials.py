@@ -10,7 +10,7 @@ from prunekit.measure.parts import parts_of
 
 
 def verdict(said):
-    return Verdict("tg", 1.0, 1.0, 0.0, 0.0, 0.0, said)
+    return Verdict("tg", 1.0, 1.0, 11, 0.0, 0.0, 0.0, said)
 
 
 def test_a_check_says_the_worst_of_its_tests():

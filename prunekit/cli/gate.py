@@ -35,9 +35,9 @@ def run(
     """Write a baseline, or hold the models against one."""
     sizes = {"prompt": config.prompt, "generate": config.generate, "batch": list(batch)}
     options = sizes | {"compact": config.compact, "engine": str(way), "models": list(models)}
-    more = gate.measured(models, way=way, **sizes)
+    tests, more = gate.measured(models, way=way, **sizes)
     if config.save:
-        ratios = more(max(config.rounds, gate.ROUNDS))
+        ratios = more(max(config.rounds, gate.ROUNDS), tests)
         gate.save_baseline(config.save, ratios, options)
         output.line(f"{config.save}: {len(ratios)} tests, times over a reference of plain torch")
         output.json({"baseline": config.save, "ratios": ratios})
@@ -45,9 +45,11 @@ def run(
     before = gate.read_baseline(config.check, options)
     found = gate.decide(before, more, config.max_regression, config.time_limit)
     table = [
-        (v.test, f"{v.change:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", v.verdict) for v in found
+        (v.test, f"{v.change:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", v.rounds, v.verdict)
+        for v in found
     ]
-    output.table(f"time against {config.check}", ("test", "change", "95 %", "verdict"), table)
+    columns = ("test", "change", "95 %", "rounds", "verdict")
+    output.table(f"time against {config.check}", columns, table)
     slower = [v.test for v in found if v.verdict == gate.REGRESSED]
     undecided = [v.test for v in found if v.verdict == gate.UNDECIDED]
     if undecided:

@@ -14,8 +14,9 @@ and in a test:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from prunekit.files import read_json, write_json
 from prunekit.measure import gate
 from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
-from prunekit.measure.timing import interleave
+from prunekit.measure.timing import seconds_of
 
 KIND = "prunekit pytest baseline"
 BASELINE = "prunekit-baseline.json"
@@ -83,7 +84,7 @@ def prunekit_benchmark(benchmark, request: pytest.FixtureRequest) -> Callable[..
             return None
         rounds = iter([ratios])  # those that were timed already come first
 
-        def more(count: int) -> gate.Ratios:
+        def more(count: int, _: Collection[str]) -> gate.Ratios:
             return {name: next(rounds, None) or _rounds(case, reference, count)}
 
         most = config.getoption("--prunekit-max-regression")
@@ -101,23 +102,24 @@ def prunekit_benchmark(benchmark, request: pytest.FixtureRequest) -> Callable[..
 
 
 def _first_rounds(benchmark, case: Callable, reference: Callable) -> list[float]:
-    """Ratios of rounds that pytest-benchmark timed, the reference before each."""
-    references: list[float] = []
-
-    def setup() -> None:
-        references.extend(interleave({"reference": reference}, 1, warmup=0)["reference"])
-
+    """Ratios of rounds that pytest-benchmark timed, the reference before and after each."""
+    marks: list[float] = []
+    setup = partial(_mark, marks, reference)
     rounds = {"rounds": gate.ROUNDS, "warmup_rounds": 1, "iterations": 1}
     benchmark.pedantic(case, setup=setup, **rounds)
     if benchmark.stats is None:
         return []
+    setup()
     taken = benchmark.stats.stats.data
-    return [t / r for t, r in zip(taken, references[-len(taken) :], strict=True)]
+    return gate.ratios_to(marks[-len(taken) - 1 :], taken)
+
+
+def _mark(marks: list[float], reference: Callable) -> None:
+    marks.append(seconds_of(reference))
 
 
 def _rounds(case: Callable, reference: Callable, count: int) -> list[float]:
-    taken = interleave({"reference": reference, "case": case}, count, warmup=0)
-    return [t / r for t, r in zip(taken["case"], taken["reference"], strict=True)]
+    return [gate.between({"case": case}, reference)["case"] for _ in range(count)]
 
 
 def _tests(path: Path) -> dict[str, dict[str, Any]]:
@@ -125,8 +127,12 @@ def _tests(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     value = read_json(path)
-    if not isinstance(value, dict) or value.get("kind") != KIND:
-        raise InputError(f"{path}: is no baseline of prunekit's pytest fixture")
+    expected = {"kind": KIND, "schema": gate.SCHEMA}
+    if not isinstance(value, dict) or not value.items() >= expected.items():
+        raise InputError(
+            f"{path}: is no baseline of prunekit's pytest fixture in this version; "
+            "write one with pytest --prunekit-save"
+        )
     return value["tests"]
 
 
@@ -134,7 +140,8 @@ def _save(path: Path, name: str, ratios: list[float], options: dict[str, Any]) -
     """Add a test to the baselines of a file, or replace it there."""
     tests = _tests(path)
     tests[name] = {"options": options, "ratios": ratios}
-    write_json(path, {"kind": KIND, "tests": tests, "provenance": provenance()})
+    facts = {"kind": KIND, "schema": gate.SCHEMA, "tests": tests}
+    write_json(path, facts | {"provenance": provenance()})
 
 
 def _read(path: Path, name: str, options: dict[str, Any]) -> list[float]:

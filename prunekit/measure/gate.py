@@ -1,15 +1,17 @@
 """Whether a model became slower than a saved baseline says, on a noisy machine or on another one.
 
-Every test is timed in turn with a reference of plain torch, which no change of ours touches; what
-is kept and compared is the ratio of the two, round by round, so that a slower machine is no
-regression. Intervals decide, not medians, and rounds go on until they do or time is up.
+Every test is timed between two runs of a reference of plain torch, which no change of ours touches;
+what is kept and compared is the ratio, round by round, so that a slower machine is no regression,
+and one that is slow for a second hardly noise. Intervals decide, not medians; what they leave
+undecided is timed again, alone, until time is up.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any
@@ -23,15 +25,16 @@ from prunekit.integrations.fixed_shapes import EAGER, Way
 from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
 from prunekit.measure.throughput import mlps_case
-from prunekit.measure.timing import interleave, warm_up
+from prunekit.measure.timing import seconds_of, warm_up
 
-KIND, SCHEMA = "prunekit bench baseline", 2
+KIND, SCHEMA = "prunekit bench baseline", 3
 ROUNDS = 11  # of a baseline, and before the first decision: fewer give no interval of 99.9 %
 MLP_PASSES = 8  # of MLPs alone, a token each: one is too short to be timed
 ALARM, CALM = 0.999, 0.95  # how sure an interval has to be to raise an alarm, and to raise none
 OK, REGRESSED, UNDECIDED = "ok", "regressed", "undecided"
 
 Ratios = dict[str, list[float]]
+More = Callable[[int, Collection[str]], Ratios]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Verdict:
     Attributes:
         test: as in ``demo pp512 batch 1``.
         before, now: medians of the time over the reference's.
+        rounds: how many were timed now.
         change: now / before - 1, the median over all pairs of rounds; low and high are its 95 %
             interval.
         verdict: ok, regressed or undecided.
@@ -49,6 +53,7 @@ class Verdict:
     test: str
     before: float
     now: float
+    rounds: int
     change: float
     low: float
     high: float
@@ -63,12 +68,12 @@ def reference_cases(device: torch.device) -> dict[str, Callable[[], None]]:
     many = torch.randn(256, size, generator=generator).to(device)
 
     def products() -> None:
-        for matrix in matrices[:2]:
+        for matrix in matrices[:4]:
             many @ matrix
         _wait(device)
 
     def reading() -> None:
-        for matrix in matrices:
+        for matrix in 2 * matrices:
             matrix @ many[0]
         _wait(device)
 
@@ -87,8 +92,8 @@ def measured(
     generate: int,
     batch: Sequence[int],
     way: Way = EAGER,
-) -> Callable[[int], Ratios]:
-    """Return what times so many rounds more of every test, as ratios to the reference.
+) -> tuple[list[str], More]:
+    """Return the tests' names, and what times so many rounds more of some, as ratios.
 
     Beside every prefill and decode stand the model's MLPs alone, on as many tokens: what becomes
     slower there is a part of the whole, and might be too small a part of it to be seen.
@@ -108,18 +113,36 @@ def measured(
     references = reference_cases(device)
     warm = False
 
-    def more(rounds: int) -> Ratios:
+    def more(rounds: int, tests: Collection[str]) -> Ratios:
         nonlocal warm
         if not warm:
             warm_up({**references, **runs})
         warm = True
-        taken = interleave({**references, **runs}, rounds, warmup=0)
-        return {
-            test: [t / r for t, r in zip(taken[test], taken[test.split()[-3][:2]], strict=True)]
-            for test in runs
-        }
+        found: Ratios = {test: [] for test in tests}
+        for _ in range(rounds):
+            for kind, reference in references.items():
+                alike = {test: runs[test] for test in tests if test.split()[-3][:2] == kind}
+                for test, ratio in between(alike, reference).items():
+                    found[test].append(ratio)
+        return found
 
-    return more
+    return list(runs), more
+
+
+def between(
+    cases: Mapping[str, Callable[[], object]], reference: Callable[[], object]
+) -> dict[str, float]:
+    """Time each case once, with the reference before it and after it, and return the ratios."""
+    marks, taken = [seconds_of(reference)] if cases else [], []
+    for case in cases.values():
+        taken.append(seconds_of(case))
+        marks.append(seconds_of(reference))
+    return dict(zip(cases, ratios_to(marks, taken), strict=True))
+
+
+def ratios_to(marks: Sequence[float], taken: Sequence[float]) -> list[float]:
+    """Each time over the mean of the reference's before and after it."""
+    return [2 * t / (a + b) for (a, b), t in zip(pairwise(marks), taken, strict=True)]
 
 
 def interval(before: Sequence[float], now: Sequence[float], level: float) -> tuple[float, float]:
@@ -155,12 +178,12 @@ def verdict(test: str, before: Sequence[float], now: Sequence[float], most: floa
     elif high <= 1 + most:
         said = OK
     change = median(b / a for a in before for b in now) - 1
-    return Verdict(test, median(before), median(now), change, low - 1, high - 1, said)
+    return Verdict(test, median(before), median(now), len(now), change, low - 1, high - 1, said)
 
 
 def decide(
     before: Ratios,
-    more: Callable[[int], Ratios],
+    more: More,
     most: float,
     limit_s: float,
     clock: Callable[[], float] = time.monotonic,
@@ -169,18 +192,19 @@ def decide(
 
     Args:
         before: the baseline's ratios.
-        more: as `measured` returns it.
+        more: times so many rounds of the tests that it is told, as `measured` returns it.
         most: how much slower a test may be.
         limit_s: no further rounds are begun after so many seconds.
     """
     until = clock() + limit_s
     now: Ratios = {test: [] for test in before}
+    found = dict.fromkeys(before, UNDECIDED)
     while True:
-        for test, ratios in more(ROUNDS).items():
+        for test, ratios in more(ROUNDS, [t for t in found if found[t] == UNDECIDED]).items():
             now[test] += ratios
-        found = [verdict(test, before[test], now[test], most) for test in before]
-        if all(each.verdict != UNDECIDED for each in found) or clock() >= until:
-            return found
+            found[test] = verdict(test, before[test], now[test], most).verdict
+        if UNDECIDED not in found.values() or clock() >= until:
+            return [verdict(test, before[test], now[test], most) for test in before]
 
 
 def save_baseline(path: str | Path, ratios: Ratios, options: dict[str, Any]) -> None:

@@ -56,12 +56,17 @@ def interleave(
     seconds: dict[Hashable, list[float]] = {name: [] for name in cases}
     for round_ in range(warmup + rounds):
         for name, case in cases.items():
-            begun = time.perf_counter()
-            case()
-            taken = time.perf_counter() - begun
+            taken = seconds_of(case)
             if round_ >= warmup:
                 seconds[name].append(taken)
     return seconds
+
+
+def seconds_of(case: Callable[[], object]) -> float:
+    """How long one call took."""
+    begun = time.perf_counter()
+    case()
+    return time.perf_counter() - begun
 
 
 def warm_up(cases: Mapping[Hashable, Callable[[], object]], most: int = 3) -> int:
