@@ -120,10 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _, more = gate.measured(models, **sizes)
                 found = gate.decide(before, more, options.max_regression, options.time_limit)
             answers[kind][said(found)] += 1
-            changes = {v.test: (round(v.change, 4), v.rounds, v.verdict) for v in found}
+            changes = {v.test: (round(v.change, 4), v.timings, v.verdict) for v in found}
             seconds = round(time.monotonic() - begun, 1)
             trials.append({"kind": kind, "said": said(found), "seconds": seconds, "tests": changes})
-            print(f"{number + 1:3} {kind:16} {said(found):10} {seconds:6.1f} s", flush=True)
+            each = ", ".join(
+                f"{v.test.split(' batch')[0]} {v.change:+.1%} {v.verdict}" for v in found
+            )
+            print(f"{number + 1:3} {kind:16} {said(found):10} {seconds:5.1f} s  {each}", flush=True)
     wrong = failures(answers)
     options.out.mkdir(parents=True, exist_ok=True)
     counted = {kind: dict(each) for kind, each in answers.items()}

@@ -53,6 +53,19 @@ class Slot:
         return p.narrow(self.axis, self.start, width)
 
 
+def running_device(owner: nn.Module, parameter: torch.Tensor) -> torch.device:
+    """Where a module computes: by accelerate's hook, if its parameter is not in memory."""
+    hook = getattr(owner, "_hf_hook", None)
+    elsewhere = getattr(hook, "execution_device", None) if parameter.is_meta else None
+    return parameter.device if elsewhere is None else torch.device(elsewhere)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model expects token ids."""
+    embedding = model.get_input_embeddings()
+    return running_device(embedding, embedding.weight)
+
+
 @dataclass(frozen=True)
 class MLPView:
     """One MLP of a model: h = act(gate(x))·up(x), or h = act(gate(x)) where there is no up.
@@ -90,6 +103,11 @@ class MLPView:
     def readable(self) -> bool:
         """Whether its weights are numbers in memory: neither offloaded nor quantised."""
         return not self.gate.is_meta and self.gate.is_floating_point()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, which of an offloaded one is not where its weights are."""
+        return running_device(self.slots["gate"].owner, self.gate)
 
     @property
     def gate(self) -> torch.Tensor:

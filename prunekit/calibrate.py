@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from prunekit import ops
-from prunekit.arch import MLPView, check_finite, decoder_of, find_mlps, fingerprint
+from prunekit.arch import (
+    MLPView,
+    check_finite,
+    decoder_of,
+    find_mlps,
+    fingerprint,
+    input_device,
+)
 from prunekit.batching import Batch, Tokens, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.course import Course
@@ -103,7 +110,7 @@ def forward_decoder(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     Padding lies on the right and attention is causal, so no token sees it and no mask is needed.
     """
-    return decoder_of(model)(input_ids=batch.ids.to(model.device), use_cache=False)[0]
+    return decoder_of(model)(input_ids=batch.ids.to(input_device(model)), use_cache=False)[0]
 
 
 @quick_products()
@@ -169,6 +176,9 @@ def calibrate(
     views = find_mlps(model, verify=False)
     check_finite(model, views)
     views = find_mlps(model)
+    for view in views:
+        if view.kind == "experts" and view.gate.is_meta:
+            raise InputError(f"{view.name}: offloaded experts cannot be observed; load them whole")
     read = encoded(target, distractors, tokenizer, max_length)
     prompts = read.prompts
     whole = [name for name in prompts if off_task or name == "target"]  # all is gathered of these
@@ -287,9 +297,9 @@ def _begun(
     done = work.done if name in work.classes else 0
     if name in work.classes:
         for view, sums in zip(views, work.classes[name], strict=True):
-            sums.to(view.gate.device)
+            sums.to(view.device)
     else:
-        work.classes[name] = [NeuronSums.zeros(v.width, v.gate.device, gram=gram) for v in views]
+        work.classes[name] = [NeuronSums.zeros(v.width, v.device, gram=gram) for v in views]
     return work.classes[name], Course(done, work.keep if work.keeps else None)
 
 

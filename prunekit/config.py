@@ -368,6 +368,15 @@ class SweepConfig:
     allow_code_execution: bool = option(
         False, "let tasks run the code that the model writes, in a process of its own"
     )
+    ray: str = option(
+        "",
+        "share the cells out over a Ray cluster, whose machines must see the same files: its "
+        "address, auto for the one that this machine is in, or local for processes here",
+        metavar="ADDRESS",
+    )
+    workers: int = option(
+        0, "with --ray: processes (default: one a GPU; without GPUs one a machine)", metavar="N"
+    )
     quiet: bool = option(False, "no progress bars, and no line a cell")
 
 

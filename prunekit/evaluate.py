@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunekit.arch import input_device
 from prunekit.batching import Batch, batches, encode
 from prunekit.corpus import Corpus, as_corpus
 from prunekit.errors import InputError
@@ -44,7 +45,7 @@ class Loss:
 
 def _logits(model: nn.Module, batch: Batch, first: int) -> torch.Tensor:
     """Logits that predict the tokens from ``first`` on: [B, S - first, V]."""
-    ids = batch.ids.to(model.device)
+    ids = batch.ids.to(input_device(model))
     keep = ids.shape[1] - first + 1
     options = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

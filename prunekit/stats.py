@@ -70,7 +70,9 @@ class NeuronSums:
         max_abs: fp32, the largest abs h.
         prompt_norm_sum: fp64, over prompts, of the L2 norm over its tokens of h; None in files
             written before it was kept.
-        gram: fp32 [F, F], HᵀH, or None; symmetric.
+        gram: fp32 [F, F], HᵀH, or None; symmetric. Its batches' sums are rounded as they are
+            added: after 10⁹ tokens a varying neuron's is within 10⁻³, one that gave the same in
+            every batch at worst within 2⁻⁶.
         taylor: fp64, over prompts, of the sum over the neuron's weights of abs(w·∂loss/∂w), the
             loss summed over the completion's tokens; or None.
         gradient_gram: fp32 [D, D], Σ g gᵀ over tokens, g the gradient of that loss with respect to

@@ -134,6 +134,7 @@ CASES = (
     ("CUDA graphs without a GPU", "bench model --cuda-graph"),
     ("more neurons than there are", "bench model --neurons 100000"),
     ("no such protocol", "sweep nowhere"),
+    ("--workers without --ray", "sweep mini-math --workers 2 --out new"),
     ("a protocol that is no YAML", "sweep broken.yaml"),
     ("a protocol with an unknown key", "sweep unknown.yaml"),
     ("a folder that is no run", "sweep mini-math --out small"),

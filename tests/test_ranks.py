@@ -1,9 +1,12 @@
 """Processes that torchrun starts share a calibration, and find what one process finds."""
 
 import json
+import random
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -16,11 +19,13 @@ pytestmark = pytest.mark.skipif("not torch.distributed.is_available()", reason="
 OPTIONS = ("--gram", "--gradients", "--taylor", "--batch-tokens", "40", "--quiet")
 
 
+def command(count, *arguments):
+    given = ["-m", "torch.distributed.run", "--nproc-per-node", count, "-m", "prunekit", *arguments]
+    return [sys.executable, *map(str, given)]
+
+
 def torchrun(count, *arguments):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", count, "-m", "prunekit"]
-    return subprocess.run(
-        [sys.executable, *map(str, (*command, *arguments))], capture_output=True, text=True
-    )
+    return subprocess.run(command(count, *arguments), capture_output=True, text=True)
 
 
 def model():
@@ -100,11 +105,39 @@ def test_a_process_that_dies_ends_the_run_with_its_reason(folder, texts, tmp_pat
         "sys.exit(main(sys.argv[1:]))\n"
     )
     (tmp_path / "run.py").write_text(code)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "run.py")]
+    started = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "run.py")]
     given = ["calibrate", str(folder), "--target", str(data), "-o", str(tmp_path / "out")]
     made = subprocess.run(
-        [sys.executable, *command, *given], capture_output=True, text=True, timeout=240
+        [sys.executable, *started, *given], capture_output=True, text=True, timeout=240
     )
     assert made.returncode != 0
     assert "prunekit calibrate: the second one fails" in made.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment_leaves_no_file_or_a_whole_one(folder, texts, tmp_path):
+    """Ten runs of two processes, one of which gets a kill -9; then a run that is let be."""
+    data = corpus(tmp_path / "t.jsonl", texts, 60)
+    given = "calibrate", folder, "--target", data, *OPTIONS, "-o"
+    assert torchrun(2, *given, tmp_path / "want").returncode == 0
+    want, draw, killed = NeuronStats.load(tmp_path / "want"), random.Random(6), 0
+    for trial in range(10):
+        out = tmp_path / f"out{trial}"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command(2, *given, out), **quiet)
+        while process.poll() is None and len(psutil.Process(process.pid).children()) < 2:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 10))
+        everyone = psutil.Process(process.pid).children() if process.poll() is None else []
+        if everyone:
+            draw.choice(everyone).kill()
+            killed += 1
+        status = process.wait(timeout=240)
+        assert psutil.wait_procs(everyone, timeout=30)[1] == []
+        assert not list(tmp_path.glob(".*"))  # nothing begun and left
+        assert out.exists() or status != 0
+        if not out.exists():
+            assert torchrun(2, *given, out).returncode == 0
+        alike(NeuronStats.load(out), want)
+    assert killed >= 7

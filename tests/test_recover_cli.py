@@ -1,7 +1,11 @@
 """`prunekit recover` end to end: what it writes, keeps of a pruning, and refuses."""
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -101,6 +105,33 @@ def test_what_was_stopped_is_resumed_or_begun_anew(capsys, monkeypatch, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_its_step_and_resuming_gives_the_same(
+    capsys, monkeypatch, tmp_path, folder, corpus, number
+):
+    step = Recovery.training_step
+
+    def interrupted(self, *rest):
+        if self.state.global_step == 2:
+            signal.raise_signal(number)
+        return step(self, *rest)
+
+    given = ("recover", folder, "--data", corpus, "--method", "full", *QUICK)
+    assert run(capsys, *given, "-o", tmp_path / "a")[0] == 0
+    monkeypatch.setattr(Recovery, "training_step", interrupted)
+    status, _, error = run(capsys, *given, "-o", tmp_path / "b")
+    assert status == 128 + number
+    kept = re.fullmatch(
+        rf"prunekit recover: {number.name}: step 3 of \d+ was done .*goes on\n", error
+    )
+    assert kept, error
+    assert (tmp_path / "b.training" / "checkpoint-3").is_dir()
+    monkeypatch.setattr(Recovery, "training_step", step)
+    assert run(capsys, *given, "-o", tmp_path / "b", "--resume")[0] == 0
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
 def test_arithmetic_is_made_on_the_spot(capsys, tmp_path, folder):
     given = ("--task", "arithmetic", "--examples", 128, *QUICK, "--json")
     status, text, err = run(capsys, "recover", folder, *given, "-o", tmp_path / "out")
@@ -143,3 +174,30 @@ def test_bad_input_is_one_line(capsys, tmp_path, folder, corpus, arguments, mess
     assert message in refused(capsys, "recover", *given, "--quiet")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_that_accelerate_launches_train_as_one_with_twice_the_batches(
+    capsys, tmp_path, folder, corpus
+):
+    given = ("recover", folder, "--data", corpus, "--method", "full", *QUICK, "--batch", 4)
+    assert run(capsys, *given, "--accumulation", 2, "-o", tmp_path / "one")[0] == 0
+    launch = (
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+    )
+    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "prunekit")
+    command = [sys.executable, *map(str, (*launch, *given, "-o", tmp_path / "two"))]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("saved ") == 1
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    dense = load_file(folder / "model.safetensors")
+    for name, tensor in one.items():
+        moved = (tensor - dense[name]).abs().max()
+        assert (two[name] - tensor).abs().max() <= 1e-2 * moved, name

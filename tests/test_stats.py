@@ -7,6 +7,7 @@ import prunekit as pk
 from prunekit import files, ops
 from prunekit.arch import find_mlps
 from prunekit.errors import InputError
+from prunekit.evaluate import evaluate_loss
 from prunekit.stats import NeuronStats, NeuronSums
 from tests.models import tiny_model
 from tests.same import assert_same
@@ -127,6 +128,29 @@ def test_the_model_computes_while_observed_what_it_always_computes(architecture,
     with observed(views, tap):
         tapped = forward_decoder(model, batch)
     torch.testing.assert_close(tapped, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_a_model_whose_weights_accelerate_holds_elsewhere_gives_the_same(name, tokenizer, texts):
+    from accelerate import cpu_offload
+
+    want = pk.calibrate(
+        tiny_model(name), tokenizer, texts[:9], [texts[9:15]], gram=True, quiet=True
+    )
+    model = cpu_offload(tiny_model(name), execution_device="cpu")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    dense = evaluate_loss(tiny_model(name), tokenizer, texts[:5], quiet=True)
+    assert evaluate_loss(model, tokenizer, texts[:5], quiet=True) == dense
+    got = pk.calibrate(model, tokenizer, texts[:9], [texts[9:15]], gram=True, quiet=True)
+    assert_same(got, want)
+
+
+def test_offloaded_experts_are_refused(tokenizer, texts):
+    from accelerate import cpu_offload
+
+    model = cpu_offload(tiny_model("mixtral"), execution_device="cpu")
+    with pytest.raises(InputError, match="offloaded experts cannot be observed"):
+        pk.calibrate(model, tokenizer, texts[:2], quiet=True)
 
 
 def test_merging_two_halves_gives_the_whole(llama, tokenizer, texts):

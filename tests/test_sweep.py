@@ -16,65 +16,31 @@ from prunekit.corpus import Corpus, Example, from_texts
 from prunekit.errors import InputError
 from prunekit.evaluate import evaluate_loss
 from prunekit.experiment import speed as speed_module
-from prunekit.experiment import sweep as sweep_module
+from prunekit.experiment import study as study_module
 from prunekit.experiment import trained
 from prunekit.experiment.analysis import read_run
 from prunekit.experiment.cells import cells_of
 from prunekit.experiment.ledger import NAME, Ledger, read_rows
 from prunekit.experiment.material import read_material, split
 from prunekit.experiment.protocol import Source, protocol_of
-from prunekit.experiment.sweep import STATS, sweep
+from prunekit.experiment.study import STATS
+from prunekit.experiment.sweep import sweep
 from prunekit.experiment.twin import twin
 from prunekit.integrations.loading import load, load_tokenizer
 from prunekit.tasks import evaluate_task, read_task
 from tests.models import tiny_model
-
-GRIDS = [
-    {"sparsities": [0.2, 0.5], "criteria": ["wanda"], "compensations": ["lstsq", "none"]},
-    {
-        "sparsities": [0.2, 0.5],
-        "strategies": ["random"],
-        "compensations": ["none"],
-        "seeds": [1, 2],
-    },
-    {"sparsities": [0.2], "strategies": ["reverse"], "criteria": ["selectivity"]}
-    | {"compensations": ["none"]},
-]
+from tests.sweeps import GRIDS, bare, tiny_protocol
 
 
 @pytest.fixture(scope="module")
 def given(folder, tmp_path_factory):
-    """A protocol's plain values, over files of words."""
-    path = tmp_path_factory.mktemp("corpora")
-    for name, step in (("task", 1), ("other", 7)):
-        rows = [
-            {"text": " ".join(f"w{3 + (i + step * j) % 90}" for j in range(9))} for i in range(40)
-        ]
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = [{"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(3, 15)]
-    (path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    return {
-        "name": "tiny",
-        "about": "A tiny random model.",
-        "model": str(folder),
-        "target": str(path / "task.jsonl"),
-        "distractors": [str(path / "other.jsonl")],
-        "grids": GRIDS,
-        "tasks": [{"spec": f"jsonl:{path / 'words.jsonl'}", "problems": 6, "max_new_tokens": 4}],
-        "multiple_of": 16,
-        "measure": {"speed": False, "memory": False},
-    }
+    return tiny_protocol(folder, tmp_path_factory.mktemp("corpora"))
 
 
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
     """The rows of that protocol, run without interruption."""
     return sweep(protocol_of(given), tmp_path_factory.mktemp("whole") / "run", quiet=True)
-
-
-def bare(rows):
-    """What two runs of one protocol must share: all but the time it took."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def test_a_sweeps_cells_are_those_of_the_library_step_by_step(given, tmp_path):
@@ -131,7 +97,7 @@ def test_what_is_there_is_refused_or_resumed_and_calibrated_once(
     with pytest.raises(InputError, match="has results; pass --resume"):
         sweep(protocol, out, quiet=True)
     calls = []
-    monkeypatch.setattr(sweep_module, "calibrate", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(study_module, "calibrate", lambda *a, **k: calls.append(a))
     more = []
     rows = sweep(protocol, out, resume=True, quiet=True, report=more.append)
     assert len(more) == 10 - 4
@@ -159,7 +125,7 @@ def test_cells_that_need_more_statistics_have_the_calibration_done_anew(given, t
 
 def test_a_finished_sweep_loads_no_model(given, tmp_path, monkeypatch):
     rows = sweep(protocol_of(given), tmp_path / "run", quiet=True)
-    monkeypatch.setattr(sweep_module, "made_model", None)
+    monkeypatch.setattr(study_module, "made_model", None)
     assert sweep(protocol_of(given), tmp_path / "run", resume=True, quiet=True) == rows
 
 
@@ -179,6 +145,25 @@ def test_a_sweep_killed_at_a_random_moment_and_resumed_gives_the_same_table(
     rows = sweep(protocol_of(given), out, resume=True, quiet=True)
     assert bare(rows) == bare(whole)
     assert sorted(row["key"] for row in read_rows(out / NAME)) == sorted(r["key"] for r in whole)
+
+
+def test_ctrl_c_says_what_is_kept(given, whole, tmp_path, capsys, monkeypatch):
+    real = study_module.Study.run
+    cells = iter(range(100))
+
+    def run(self, cell, key):
+        if next(cells) == 3:
+            raise KeyboardInterrupt
+        return real(self, cell, key)
+
+    monkeypatch.setattr(study_module.Study, "run", run)
+    (tmp_path / "p.yaml").write_text(json.dumps(given))
+    arguments = ["sweep", str(tmp_path / "p.yaml"), "--out", str(tmp_path / "run"), "--quiet"]
+    assert main(arguments) == 128 + signal.SIGINT
+    said = "prunekit sweep: SIGINT: 3 cells were run now and are kept; --resume goes on\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(study_module.Study, "run", real)
+    assert bare(sweep(protocol_of(given), tmp_path / "run", resume=True, quiet=True)) == bare(whole)
 
 
 def test_a_torn_last_line_is_left_out_and_written_anew(tmp_path):
@@ -209,14 +194,14 @@ def test_two_sweeps_do_not_write_to_one_folder(tmp_path):
 def test_a_cell_that_cannot_be_made_is_told_and_the_others_go_on(
     given, tmp_path, capsys, monkeypatch
 ):
-    real = sweep_module.prune
+    real = study_module.prune
 
     def prune(model, plan, *, stats, compensate):
         if compensate == "bias":
             raise InputError("compensate bias: no slot")
         return real(model, plan, stats=stats, compensate=compensate)
 
-    monkeypatch.setattr(sweep_module, "prune", prune)
+    monkeypatch.setattr(study_module, "prune", prune)
     grids = [{"sparsities": [0.3], "criteria": ["wanda"], "compensations": ["bias", "none"]}]
     path = tmp_path / "p.yaml"
     path.write_text(json.dumps(given | {"grids": grids}))
@@ -241,7 +226,7 @@ def test_tasks_are_solved_and_what_was_answered_is_kept(given, whole, tmp_path):
 
 
 def test_answers_are_kept_by_cell_until_the_row_is_written(given, tmp_path, monkeypatch):
-    files, real = [], sweep_module.evaluate_task
+    files, real = [], study_module.evaluate_task
 
     def evaluate_task(*arguments, resume, **options):
         result = real(*arguments, resume=resume, **options)
@@ -249,7 +234,7 @@ def test_answers_are_kept_by_cell_until_the_row_is_written(given, tmp_path, monk
         files.append(resume.name)
         return result
 
-    monkeypatch.setattr(sweep_module, "evaluate_task", evaluate_task)
+    monkeypatch.setattr(study_module, "evaluate_task", evaluate_task)
     grids = {"grids": [GRIDS[2]]}
     rows = sweep(protocol_of(given | grids), tmp_path / "run", quiet=True)
     assert files == [f"{row['key']}-0.jsonl" for row in rows]

@@ -45,10 +45,10 @@ def run(
     before = gate.read_baseline(config.check, options)
     found = gate.decide(before, more, config.max_regression, config.time_limit)
     table = [
-        (v.test, f"{v.change:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", v.rounds, v.verdict)
+        (v.test, f"{v.change:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", v.timings, v.verdict)
         for v in found
     ]
-    columns = ("test", "change", "95 %", "rounds", "verdict")
+    columns = ("test", "change", "95 %", "timings", "verdict")
     output.table(f"time against {config.check}", columns, table)
     slower = [v.test for v in found if v.verdict == gate.REGRESSED]
     undecided = [v.test for v in found if v.verdict == gate.UNDECIDED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from prunekit.cli.forecast import duration, gigabytes
 from prunekit.cli.output import Output
 from prunekit.config import SweepConfig
+from prunekit.course import Stopped
+from prunekit.errors import InputError
 from prunekit.experiment.analysis import Way, read_run
 from prunekit.experiment.cells import DENSE, Cell, cells_of
 from prunekit.experiment.claims import claims
@@ -26,6 +29,7 @@ from prunekit.measure.provenance import device_name
 CONFIG = SweepConfig
 EXAMPLES = """  prunekit sweep mini-math
   prunekit sweep mini-math --resume
+  prunekit sweep my-study.yaml --ray auto --workers 4
   prunekit sweep paper-math-1.5b --dry-run
   prunekit sweep my-study.yaml --model my-model --out runs/mine"""
 
@@ -33,6 +37,8 @@ EXAMPLES = """  prunekit sweep mini-math
 def run(config: SweepConfig, output: Output) -> int:
     """Run a protocol, a line a cell, and say what is true; 1 where a cell has no result."""
     protocol = read_protocol(config.protocol, model=config.model)
+    if config.workers < 0 or (config.workers and not config.ray):
+        raise InputError(f"--workers: got {config.workers}; expected 1 or more, and --ray with it")
     if config.dry_run:
         return _dry_run(protocol, output)
     out = Path(config.out or protocol.name)
@@ -45,14 +51,13 @@ def run(config: SweepConfig, output: Output) -> int:
             number = cells.index(Cell(**row["cell"])) + 1
             output.note(f"{number}/{len(cells)} {_named(row['cell'])}: {_figures(row)}")
 
-    rows = sweep(
-        protocol,
-        out,
-        resume=config.resume,
-        allow_code_execution=config.allow_code_execution,
-        quiet=config.quiet,
-        report=report,
-    )
+    options = {"allow_code_execution": config.allow_code_execution, "quiet": config.quiet}
+    options |= {"ray": config.ray, "workers": config.workers}
+    try:
+        rows = sweep(protocol, out, resume=config.resume, report=report, **options)
+    except KeyboardInterrupt:
+        said = f"SIGINT: {len(done)} cells were run now and are kept"
+        raise Stopped(said, signal.SIGINT) from None
     failed = [row for row in rows if row["error"]]
     output.table(
         f"{protocol.name}: {len(cells)} cells, {len(done)} of them run now",

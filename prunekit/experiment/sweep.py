@@ -21,43 +21,27 @@ by width.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cached_property
-from itertools import islice
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from prunekit.arch import find_mlps, fingerprint
-from prunekit.calibrate import calibrate
-from prunekit.compact import prune
-from prunekit.criteria import score
-from prunekit.criteria.auto import resolved
 from prunekit.errors import InputError
-from prunekit.evaluate import evaluate_loss
-from prunekit.experiment.cells import DENSE, Cell, cells_of
+from prunekit.experiment.cells import Cell, cells_of
 from prunekit.experiment.ledger import NAME, Ledger
-from prunekit.experiment.material import Material, corpus_of, problems_of, read_material
-from prunekit.experiment.needs import gathered, solves, suffices
+from prunekit.experiment.material import Material, corpus_of, read_material
 from prunekit.experiment.protocol import Protocol
-from prunekit.experiment.speed import SPEED, measure_widths
-from prunekit.experiment.trained import made_model, recovered
-from prunekit.experiment.twin import twin
+from prunekit.experiment.speed import SPEED
+from prunekit.experiment.study import Study, forget_partial, open_study
 from prunekit.files import digest, read_json, write_json
 from prunekit.integrations.loading import load_tokenizer
-from prunekit.measure.memory import model_bytes, parameter_count
+from prunekit.integrations.ray_pool import RayPool
 from prunekit.measure.provenance import provenance
-from prunekit.plan import plan
-from prunekit.stats import NeuronStats
-from prunekit.tasks.run import evaluate_task
 
-RUN, STATS, SCORES, PARTIAL = "run.json", "stats.safetensors", "scores.json", "partial"
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_SHOWN = 4  # generations that a row keeps
+RUN = "run.json"
 
 
 def sweep(
@@ -68,6 +52,8 @@ def sweep(
     allow_code_execution: bool = False,
     quiet: bool = False,
     report: Callable[[dict[str, Any]], None] | None = None,
+    ray: str = "",
+    workers: int = 0,
 ) -> list[dict[str, Any]]:
     """Run every cell of a protocol that has no row yet, and then measure speed.
 
@@ -78,17 +64,21 @@ def sweep(
         allow_code_execution: for tasks that run what the model wrote.
         quiet: no progress bars.
         report: called with every row as it is done.
+        ray: a Ray cluster to share the cells out over, and workers: in how many processes, as for
+            `RayPool`. A worker that dies is replaced, and does its cell again; the file system
+            must be one that all machines see. Without ray everything runs in this process.
 
     Returns:
         One row a cell, in the protocol's order.
 
     Raises:
         InputError: something named in the protocol cannot be read, the folder has results and
-            ``resume`` is not set, is another's, or what they were made from differs.
+            ``resume`` is not set, is another's, or what they were made from differs; a worker dies
+            of the same cell again and again.
 
     Cost:
         One calibration; each cell its own pruning, forwards and generations. The dense model, and
-        a pruned one that shares all but its MLPs with it.
+        a pruned one that shares all but its MLPs with it; with ray, a worker.
     """
     out = Path(out)
     if (out / NAME).is_file() and (out / NAME).stat().st_size and not resume:
@@ -105,17 +95,23 @@ def sweep(
         missing = [cell for cell in cells if cell.key(facts) not in done]
         measures = protocol.measure.speed or protocol.measure.memory
         if missing or (measures and not (out / SPEED).is_file()):
-            study = _Study(protocol, out, tokenizer, material, quiet)
-            for cell in missing:
-                key = cell.key(facts)
-                row = {"key": key, "cell": asdict(cell), **study.run(cell, key)}
-                ledger.append(row)
-                study.forget_partial()
-                done[key] = row
-                if report is not None:
-                    report(row)
-            if measures:
-                measure_widths(study.model, tokenizer, protocol, cells, out)
+            if ray:
+                options = {"allow_code_execution": allow_code_execution}
+                opened = RayPool(partial(open_study, protocol, out, **options), ray, workers)
+            else:
+                opened = nullcontext(_Here(protocol, out, tokenizer, material, quiet=quiet))
+            with opened as pool:
+                pool.one("prepare", missing)
+                calls = [[(cell, cell.key(facts)) for cell in group] for group in _alike(missing)]
+                for (cell, key), found in pool.each("run", calls):
+                    row = {"key": key, "cell": asdict(cell), **found}
+                    ledger.append(row)
+                    forget_partial(out, key)
+                    done[key] = row
+                    if report is not None:
+                        report(row)
+                if measures:
+                    pool.one("measure", cells)
     return [done[cell.key(facts)] for cell in cells]
 
 
@@ -150,156 +146,19 @@ def _begin(out: Path, protocol: Protocol, facts: dict[str, Any], keys: list[str]
     write_json(out / RUN, value | {"runs": [*runs, provenance()]})
 
 
-class _Study:
-    """The loaded model, its calibration, and what several cells share."""
-
-    def __init__(self, protocol: Protocol, out: Path, tokenizer, material: Material, quiet: bool):
-        self.protocol, self.out, self.tokenizer = protocol, out, tokenizer
-        self.material, self.quiet = material, quiet
-        self.model = made_model(protocol, tokenizer, quiet=quiet)
-        self.fingerprint = fingerprint(find_mlps(self.model, verify=False))
-        self.scores: dict[tuple[str, int], list[torch.Tensor]] = {}
-        self.last: tuple[Cell, nn.Module] | None = None
-
-    @cached_property
-    def stats(self) -> NeuronStats | None:
-        """The statistics that all cells need, from the run's folder where they are there."""
-        wanted = gathered(self.protocol)
-        if wanted is None:
-            return None
-        path = self.out / STATS
-        if path.is_file() and suffices(stats := NeuronStats.load(path), wanted):
-            return stats
-        stats = calibrate(
-            self.model,
-            self.tokenizer,
-            self.material.target,
-            self.material.distractors,
-            **wanted,
-            max_length=self.protocol.max_length,
-            batch_tokens=self.protocol.batch_tokens,
-            quiet=self.quiet,
-        )
-        stats.save(path)
-        return stats
-
-    def run(self, cell: Cell, key: str) -> dict[str, Any]:
-        """Make the model of a cell and measure it; an InputError becomes the row's error."""
-        begun = time.perf_counter()
-        seconds = {"prune": 0.0, "recover": 0.0, "evaluate": 0.0}
-        try:
-            model = self._pruned(cell)
-            seconds["prune"] = time.perf_counter() - begun
-            if cell.recovery:
-                begun = time.perf_counter()
-                model = self._recovered(model)
-                seconds["recover"] = time.perf_counter() - begun
-            begun = time.perf_counter()
-            found = self._measured(model, cell, key)
-        except InputError as error:
-            return {"error": str(error)}
-        seconds["evaluate"] = time.perf_counter() - begun
-        return found | {"seconds": seconds, "error": ""}
-
-    def _pruned(self, cell: Cell) -> nn.Module:
-        if cell.strategy == DENSE:
-            return self.model
-        if self.last is not None and self.last[0] == cell.pruned:
-            return self.last[1]
-        chosen = plan(
-            self._scores(cell),
-            cell.sparsity,
-            strategy=cell.strategy,
-            multiple_of=self.protocol.multiple_of,
-            seed=cell.seed,
-            recipe={"criterion": self._criterion(cell), "fingerprint": self.fingerprint},
-        )
-        model = prune(twin(self.model), chosen, stats=self.stats, compensate=cell.compensate)
-        self.last = cell.pruned, model
-        return model
-
-    def _recovered(self, model: nn.Module) -> nn.Module:
-        given = model, self.tokenizer, self.protocol, self.material, self.model
-        return recovered(*given, quiet=self.quiet)
-
-    def _criterion(self, cell: Cell) -> str:
-        return resolved(cell.criterion, self.stats, repaired=solves(cell))
-
-    def _scores(self, cell: Cell) -> list[torch.Tensor]:
-        """Scores, once a criterion and seed, and a word of them in the run's folder."""
-        way = self._criterion(cell), cell.seed if cell.criterion == "random" else 0
-        if way not in self.scores:
-            self.scores[way] = score(self.stats, self.model, way[0], seed=way[1])
-            if way[0] != "random":
-                path = self.out / SCORES
-                known = read_json(path) if path.is_file() else {"quantiles": QUANTILES}
-                write_json(path, known | {way[0]: _quantiles(self.scores[way])})
-        return self.scores[way]
-
-    def _measured(self, model: nn.Module, cell: Cell, key: str) -> dict[str, Any]:
-        views = find_mlps(model, verify=False)
-        widths = [view.width for view in views]
-        dense = [view.width for view in find_mlps(self.model, verify=False)]
-        return {
-            "criterion": self._criterion(cell) if cell.criterion else "",
-            "sparsity": 1 - sum(widths) / sum(dense),
-            "widths": widths,
-            "parameters": parameter_count(model),
-            "bytes": model_bytes(model),
-            "losses": {name: self._loss(model, c) for name, c in self.material.losses.items()},
-            "tasks": {
-                task.name: self._solved(model, f"{key}-{i}", task, tokens)
-                for i, (task, tokens) in enumerate(self.material.tasks)
-            },
-        }
-
-    def _loss(self, model: nn.Module, corpus) -> dict[str, Any] | None:
-        try:
-            found = evaluate_loss(
-                model, self.tokenizer, corpus, max_length=self.protocol.max_length, quiet=self.quiet
-            )
-        except InputError:  # not finite: the model is destroyed, which is a result too
-            return None
-        facts = found.as_dict()
-        return {name: facts[name] for name in ("loss", "stderr", "tokens", "prompts")}
-
-    def _solved(self, model: nn.Module, name: str, task, tokens: int | None) -> dict[str, Any]:
-        folder = self.out / PARTIAL
-        folder.mkdir(exist_ok=True)
-        result = evaluate_task(
-            model,
-            self.tokenizer,
-            task,
-            batch_size=self.protocol.batch_size,
-            max_new_tokens=tokens,
-            resume=folder / f"{name}.jsonl",
-            quiet=self.quiet,
-        )
-        if not result.correct:
-            raise InputError(f"task {task.name}: its answers are not right or wrong; take another")
-        answers = zip(problems_of(task), result.generations, strict=True)
-        return {
-            "accuracy": result.accuracy,
-            "stderr": result.stderr if len(result.correct) > 1 else None,
-            "correct": [int(c) for c in result.correct],
-            "failures": dict(result.failures),
-            "generations": [_generation(task, *each) for each in islice(answers, _SHOWN)],
-        }
-
-    def forget_partial(self) -> None:
-        """Drop what tasks kept of their answers: the row has them now."""
-        for path in (self.out / PARTIAL).glob("*"):
-            path.unlink()
-        if (self.out / PARTIAL).is_dir():
-            (self.out / PARTIAL).rmdir()
+def _alike(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
+    """Cells in turn, those together that one pruning serves."""
+    for _, group in groupby(cells, key=lambda cell: cell.pruned):
+        yield list(group)
 
 
-def _quantiles(scores: list[torch.Tensor]) -> list[list[float]]:
-    at = torch.tensor(QUANTILES)
-    return [[float(f"{q:.6g}") for q in torch.quantile(each, at)] for each in scores]
+class _Here(Study):
+    """The study in this process, called as those of a `RayPool` are."""
 
+    def one(self, call: str, *given: Any) -> Any:
+        return getattr(self, call)(*given)
 
-def _generation(task: Any, problem: Any, generation: Any) -> dict[str, Any]:
-    grade = task.grade(problem, generation.text, ended=generation.ended)
-    facts = {"text": generation.text, "correct": grade.correct, "failure": grade.failure}
-    return {"prompt": problem.prompt, **facts}
+    def each(self, call: str, groups: Sequence[Sequence[tuple]]) -> Iterator[tuple[tuple, Any]]:
+        for group in groups:
+            for given in group:
+                yield given, self.one(call, *given)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def _first_rounds(benchmark, case: Callable, reference: Callable) -> list[float]
         return []
     setup()
     taken = benchmark.stats.stats.data
-    return gate.ratios_to(marks[-len(taken) - 1 :], taken)
+    around = pairwise(marks[-len(taken) - 1 :])
+    return [gate.ratio(a, t, b) for (a, b), t in zip(around, taken, strict=True)]
 
 
 def _mark(marks: list[float], reference: Callable) -> None:
@@ -119,7 +121,7 @@ def _mark(marks: list[float], reference: Callable) -> None:
 
 
 def _rounds(case: Callable, reference: Callable, count: int) -> list[float]:
-    return [gate.between({"case": case}, reference)["case"] for _ in range(count)]
+    return list(gate.between([case] * count, reference))
 
 
 def _tests(path: Path) -> dict[str, dict[str, Any]]:

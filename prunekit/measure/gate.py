@@ -9,9 +9,8 @@ undecided is timed again, alone, until time is up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any
@@ -30,6 +29,7 @@ from prunekit.measure.timing import seconds_of, warm_up
 KIND, SCHEMA = "prunekit bench baseline", 3
 ROUNDS = 11  # of a baseline, and before the first decision: fewer give no interval of 99.9 %
 MLP_PASSES = 8  # of MLPs alone, a token each: one is too short to be timed
+MLP_TIMES = 4  # that MLPs alone are timed a round: they are the shortest tests, and tell most
 ALARM, CALM = 0.999, 0.95  # how sure an interval has to be to raise an alarm, and to raise none
 OK, REGRESSED, UNDECIDED = "ok", "regressed", "undecided"
 
@@ -44,7 +44,7 @@ class Verdict:
     Attributes:
         test: as in ``demo pp512 batch 1``.
         before, now: medians of the time over the reference's.
-        rounds: how many were timed now.
+        timings: how many there were now.
         change: now / before - 1, the median over all pairs of rounds; low and high are its 95 %
             interval.
         verdict: ok, regressed or undecided.
@@ -53,7 +53,7 @@ class Verdict:
     test: str
     before: float
     now: float
-    rounds: int
+    timings: int
     change: float
     low: float
     high: float
@@ -96,7 +96,8 @@ def measured(
     """Return the tests' names, and what times so many rounds more of some, as ratios.
 
     Beside every prefill and decode stand the model's MLPs alone, on as many tokens: what becomes
-    slower there is a part of the whole, and might be too small a part of it to be seen.
+    slower there is a part of the whole, and might be too small a part of it to be seen. They are
+    timed `MLP_TIMES` times a round.
 
     Args:
         models, prompt, generate, batch, way: as for `bench_models`; MLPs alone always run eagerly.
@@ -121,28 +122,31 @@ def measured(
         found: Ratios = {test: [] for test in tests}
         for _ in range(rounds):
             for kind, reference in references.items():
-                alike = {test: runs[test] for test in tests if test.split()[-3][:2] == kind}
-                for test, ratio in between(alike, reference).items():
-                    found[test].append(ratio)
+                alike = [test for test in tests if test.split()[-3][:2] == kind]
+                short = [test for test in alike if " MLPs " in test]
+                order = alike + (MLP_TIMES - 1) * short
+                for test, each in zip(order, between(map(runs.get, order), reference), strict=True):
+                    found[test].append(each)
         return found
 
     return list(runs), more
 
 
 def between(
-    cases: Mapping[str, Callable[[], object]], reference: Callable[[], object]
-) -> dict[str, float]:
-    """Time each case once, with the reference before it and after it, and return the ratios."""
-    marks, taken = [seconds_of(reference)] if cases else [], []
-    for case in cases.values():
-        taken.append(seconds_of(case))
-        marks.append(seconds_of(reference))
-    return dict(zip(cases, ratios_to(marks, taken), strict=True))
+    cases: Iterable[Callable[[], object]], reference: Callable[[], object]
+) -> Iterator[float]:
+    """Time each case once, with the reference before it and after it; yields the ratios."""
+    before = None
+    for case in cases:
+        before = before or seconds_of(reference)
+        taken, after = seconds_of(case), seconds_of(reference)
+        yield ratio(before, taken, after)
+        before = after
 
 
-def ratios_to(marks: Sequence[float], taken: Sequence[float]) -> list[float]:
-    """Each time over the mean of the reference's before and after it."""
-    return [2 * t / (a + b) for (a, b), t in zip(pairwise(marks), taken, strict=True)]
+def ratio(before: float, taken: float, after: float) -> float:
+    """A time over the mean of the reference's before and after it."""
+    return 2 * taken / (before + after)
 
 
 def interval(before: Sequence[float], now: Sequence[float], level: float) -> tuple[float, float]:

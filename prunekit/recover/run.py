@@ -90,6 +90,8 @@ def recover(
         InputError: an unknown method or preset, a number out of range, no data, no teacher or one
             of another vocabulary, a checkpoint of another run, or a loss that is not finite; a
             failure in training leaves the model half trained (with lora: as it was).
+        Stopped: with ``folder``, Ctrl-C or SIGTERM came; ``resume`` goes on after the step that it
+            came in.
 
     Cost:
         6 FLOP a token and trained weight, 4 with lora, and the dense model's 2 with distill; 16

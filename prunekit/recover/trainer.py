@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from prunekit.batching import Tokens
+from prunekit.course import Stopped, signals_noted
 from prunekit.errors import InputError
 from prunekit.progress import progress_bar
 from prunekit.recover.data import ByLength, Examples, collate
@@ -76,7 +79,21 @@ class Recovery(Trainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train from the beginning, or from where a checkpoint was written."""
+        """Train from the beginning, or from where a checkpoint was written.
+
+        Raises:
+            Stopped: Ctrl-C or SIGTERM came, and the step that it came in is kept in a checkpoint;
+                where several processes train, or none is written, signals act as ever.
+        """
+        keeps = self.args.save_strategy != "no" and self.args.world_size == 1
+        with signals_noted() if keeps else nullcontext([]) as came:
+            self.add_callback(_Stop(came))
+            self._run(checkpoint)
+        if came:
+            said = f"step {self.state.global_step} of {self.state.max_steps} was done and is kept"
+            raise Stopped(f"{signal.Signals(came[0]).name}: {said}", came[0])
+
+    def _run(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
             self.train()
             return
@@ -90,6 +107,17 @@ class Recovery(Trainer):
     def curve(self) -> list[dict[str, float]]:
         """The loss of every step, those before a resumption included."""
         return [{k: row[k] for k in CURVE} for row in self.state.log_history if "grad_norm" in row]
+
+
+class _Stop(TrainerCallback):
+    """Ends training, with a checkpoint, after the step in which a signal came."""
+
+    def __init__(self, came: list[int]):
+        self.came = came
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        if self.came:
+            control.should_save = control.should_training_stop = True
 
 
 class _Watch(TrainerCallback):
