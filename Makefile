@@ -31,7 +31,7 @@ help:
 	@echo "make docs      the documentation as a site, in site/"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make audit     compile the GPU kernels and meter them, without a GPU; part of make test too"
-	@echo "make bench     measure the operations and the main job on this machine"
+	@echo "make bench     measure the operations and the main job on this machine, in ten minutes"
 	@echo "make bench-ops the same operations at many shapes: the README's tables"
 	@echo "make bench-compare BASE=main  time the working tree and another revision in turn"
 	@echo "make bench-peers   beside optipfair: what calibrating, pruning and saving take"

@@ -16,40 +16,46 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import atheris
-
-with atheris.instrument_imports(include=["prunekit"]):
-    from tests.fuzz.readers import FRAMED, READERS, header_of, with_header
+from tests.fuzz import FRAMED, KINDS
 
 FOUND = Path(__file__).parent / "found"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("reader", nargs="?", choices=READERS)
+    parser.add_argument("reader", nargs="?", choices=KINDS)
     parser.add_argument("--minutes", type=float, default=10.0, help="of each")
     parser.add_argument(
         "--jobs", type=int, default=1, help="readers at once, where all have a turn"
     )
     parser.add_argument("--header", action="store_true", help="only prunekit's own header's text")
     options = parser.parse_args()
-    if options.reader is None:
-        sys.exit(everyone(options.minutes, options.jobs))
     if options.header and options.reader not in FRAMED:
         parser.error(f"--header: got {options.reader}; expected one of {', '.join(FRAMED)}")
-    reader = READERS[options.reader]
+    if options.reader is None:
+        sys.exit(everyone(options.minutes, options.jobs))
+    fuzz(options.reader, options.header, options.minutes)
+
+
+def fuzz(name: str, only_header: bool, minutes: float) -> None:
+    """Feed a reader until time is up; does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=["prunekit"]):
+        from tests.fuzz.readers import READERS, header_of, with_header
+    reader = READERS[name]
     seed = reader.seed()
-    found = FOUND / options.reader
+    found = FOUND / name
     found.mkdir(parents=True, exist_ok=True)
 
     def once(data: bytes) -> None:
         text = data.decode("utf-8", "replace")
-        reader(with_header(seed, text) if options.header else data)
+        reader(with_header(seed, text) if only_header else data)
 
     with tempfile.TemporaryDirectory() as corpus:
-        first = json.dumps(header_of(seed)).encode() if options.header else seed
+        first = json.dumps(header_of(seed)).encode() if only_header else seed
         (Path(corpus) / "seed").write_bytes(first)
-        limits = [f"-max_total_time={60 * options.minutes:.0f}", "-timeout=10"]
+        limits = [f"-max_total_time={60 * minutes:.0f}", "-timeout=10"]
         limits += ["-rss_limit_mb=2048", f"-max_len={max(4096, 2 * len(first))}"]
         atheris.Setup(
             [sys.argv[0], *limits, "-print_final_stats=1", f"-artifact_prefix={found}/", corpus],
@@ -72,7 +78,7 @@ def everyone(minutes: float, jobs: int) -> int:
         print(f"{' '.join(given)}: {said}", flush=True)
         return 0
 
-    turns = [(name,) for name in READERS] + [(name, "--header") for name in FRAMED]
+    turns = [(name,) for name in KINDS] + [(name, "--header") for name in FRAMED]
     with ThreadPoolExecutor(jobs) as pool:
         return max(pool.map(run, turns))
 

@@ -101,7 +101,6 @@ READERS = {
     "jsonl": Reader("task.jsonl", _corpus, lambda: _JSONL),
     "csv": Reader("task.csv", _corpus, lambda: b"prompt,completion\none,two\n"),
 }
-FRAMED = "stats", "plan", "nested"  # safetensors: a header in JSON, before the tensors' bytes
 
 
 def header_of(data: bytes) -> dict:

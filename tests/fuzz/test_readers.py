@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.readers import FRAMED, READERS, header_of, with_header
+from tests.fuzz import FRAMED, KINDS
+from tests.fuzz.readers import READERS, header_of, with_header
 
 FOUND = Path(__file__).parent / "found"
 SETTINGS = settings(
@@ -47,6 +48,10 @@ def mutated(draw, value):
     path = draw(st.sampled_from(sorted(places(value), key=str)))
     new = draw(VALUES) if not path or draw(st.booleans()) else del_
     return changed(value, path, new)
+
+
+def test_every_kind_of_file_has_a_reader():
+    assert tuple(READERS) == KINDS
 
 
 @pytest.mark.parametrize("name", READERS)
