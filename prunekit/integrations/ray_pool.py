@@ -123,6 +123,7 @@ def _connected(address: str) -> tuple[Any, bool]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+        os.environ.setdefault("RAY_worker_niceness", "0")  # they are the work, not beside it
         ray.init(address=LOCAL, include_dashboard=False, **quiet)
         return ray, True
     try:
