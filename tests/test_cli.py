@@ -16,7 +16,7 @@ from prunekit.arch import find_mlps
 from prunekit.cli import VERBS, main
 from prunekit.cli.output import Output
 from prunekit.integrations.loading import load_tokenizer
-from prunekit.measure import timing
+from prunekit.measure import gate, timing
 from prunekit.ops.gated_mlp_cpu import decodes
 from prunekit.ops.registry import OPERATIONS, force_backend
 from tests.models import logits, tiny_model
@@ -463,6 +463,7 @@ def test_the_gate_passes_what_it_saved_and_fails_what_is_far_slower(
 ):
     # Everything takes a tick: what is tried here is the gate, not the machine.
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    monkeypatch.setattr(gate.Waiting, "share", lambda _: 0.0)
     path = tmp_path / "baseline.json"
     status, text, _ = run(capsys, "bench", folder, *BENCH, "--save", path)
     assert status == 0

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -25,6 +27,11 @@ def machine(seed, slow_down=1.0, noise=0.03, spikes=0.1):
     return more
 
 
+def quiet():
+    """The share of waiting on a machine of one's own."""
+    return 0.0
+
+
 def steps():
     """A clock that goes on by a second each time it is read."""
     now = iter(range(10_000))
@@ -43,7 +50,7 @@ def test_a_tenth_slower_is_caught():
     caught = 0
     for seed in range(100):
         before = machine(seed)(3 * gate.ROUNDS)
-        (found,) = decide(before, machine(seed + 1000, slow_down=1.10), 0.05, 20, steps())
+        (found,) = decide(before, machine(seed + 1000, slow_down=1.10), 0.05, 20, steps(), quiet)
         caught += found.verdict == REGRESSED
         assert found.verdict != OK
     assert caught >= 95
@@ -62,6 +69,37 @@ def test_too_much_noise_is_not_decided():
     wild = {"noise": 0.3}
     (found,) = decide(machine(1, **wild)(11), machine(2, **wild), 0.05, 3, steps())
     assert found.verdict == UNDECIDED
+
+
+def test_what_was_timed_while_others_had_the_processor_is_no_alarm():
+    before, slower = machine(1)(33), machine(2, slow_down=1.3)
+    (found,) = decide(before, slower, 0.05, 20, steps(), quiet)
+    assert found.verdict == REGRESSED
+    (found,) = decide(before, slower, 0.05, 20, steps(), lambda: 0.3)
+    assert found.verdict == UNDECIDED
+    (found,) = decide(before, machine(3), 0.05, 100, steps(), lambda: 0.3)
+    assert found.verdict == OK
+
+
+def test_waiting_is_seen_where_processes_share_a_processor():
+    """Beside one that never rests, on the same processor: about half of the time."""
+    alone = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    begun = "print('begun', flush=True)\nwhile True: pass"
+    code = (
+        "import time; from prunekit.measure.waiting import Waiting\n"
+        "watch, until = Waiting(), time.monotonic() + 1\n"
+        "while time.monotonic() < until: pass\n"
+        "print(watch.share())"
+    )
+    command = [sys.executable, "-c"]
+    other = subprocess.Popen([*command, f"{alone}\n{begun}"], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        found = subprocess.run([*command, f"{alone}\n{code}"], capture_output=True, check=True)
+    finally:
+        other.kill()
+        other.communicate()
+    assert 0.2 < float(found.stdout) < 1
 
 
 def test_what_is_decided_is_not_timed_again():

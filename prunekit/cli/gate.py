@@ -36,14 +36,17 @@ def run(
     sizes = {"prompt": config.prompt, "generate": config.generate, "batch": list(batch)}
     options = sizes | {"compact": config.compact, "engine": str(way), "models": list(models)}
     tests, more = gate.measured(models, way=way, **sizes)
+    waiting = gate.Waiting()
     if config.save:
         ratios = more(max(config.rounds, gate.ROUNDS), tests)
         gate.save_baseline(config.save, ratios, options)
+        _note_waiting(waiting.share(), "save it again when the machine is quiet", output)
         output.line(f"{config.save}: {len(ratios)} tests, times over a reference of plain torch")
         output.json({"baseline": config.save, "ratios": ratios})
         return 0
     before = gate.read_baseline(config.check, options)
-    found = gate.decide(before, more, config.max_regression, config.time_limit)
+    limits = config.max_regression, config.time_limit
+    found = gate.decide(before, more, *limits, waited=waiting.share)
     table = [
         (v.test, f"{v.change:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", v.timings, v.verdict)
         for v in found
@@ -54,7 +57,13 @@ def run(
     undecided = [v.test for v in found if v.verdict == gate.UNDECIDED]
     if undecided:
         output.note(f"not decided in {config.time_limit:.0f} s: {', '.join(undecided)}")
+    _note_waiting(waiting.share(), "no alarm is raised by what was timed then", output)
     output.json({"verdicts": [asdict(v) for v in found]})
     if slower:
         raise CheckError(f"slower by more than {config.max_regression:.0%}: {', '.join(slower)}")
     return 0
+
+
+def _note_waiting(share: float, so: str, output: Output) -> None:
+    if share > gate.WAITED:
+        output.note(f"{share:.0%} of the time others had the processor: {so}")

@@ -71,6 +71,7 @@ def prunekit_benchmark(benchmark, request: pytest.FixtureRequest) -> Callable[..
     ) -> gate.Verdict | None:
         if test not in TESTS:
             raise InputError(f"prunekit_benchmark: got test {test!r}; expected one of {TESTS}")
+        waiting = gate.Waiting()
         cases = cases_of({"model": model}, prompt, generate, [batch])
         case = next(run for (_, found, _), (run, _) in cases.items() if found.startswith(test))
         reference = gate.reference_cases(model.device)[test]
@@ -89,7 +90,7 @@ def prunekit_benchmark(benchmark, request: pytest.FixtureRequest) -> Callable[..
             return {name: next(rounds, None) or _rounds(case, reference, count)}
 
         most = config.getoption("--prunekit-max-regression")
-        (found,) = gate.decide({name: before}, more, most, limit_s)
+        (found,) = gate.decide({name: before}, more, most, limit_s, waited=waiting.share)
         benchmark.extra_info["prunekit"] = asdict(found)
         if found.verdict == gate.REGRESSED:
             interval = f"{found.low:+.1%} to {found.high:+.1%}"

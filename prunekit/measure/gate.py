@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any
@@ -25,12 +25,14 @@ from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
 from prunekit.measure.throughput import mlps_case
 from prunekit.measure.timing import seconds_of, warm_up
+from prunekit.measure.waiting import Waiting
 
 KIND, SCHEMA = "prunekit bench baseline", 3
 ROUNDS = 11  # of a baseline, and before the first decision: fewer give no interval of 99.9 %
 MLP_PASSES = 8  # of MLPs alone, a token each: one is too short to be timed
 MLP_TIMES = 4  # that MLPs alone are timed a round: they are the shortest tests, and tell most
 ALARM, CALM = 0.999, 0.95  # how sure an interval has to be to raise an alarm, and to raise none
+WAITED = 0.10  # share of waiting for a processor above which a model may well be slower for that
 OK, REGRESSED, UNDECIDED = "ok", "regressed", "undecided"
 
 Ratios = dict[str, list[float]]
@@ -191,6 +193,7 @@ def decide(
     most: float,
     limit_s: float,
     clock: Callable[[], float] = time.monotonic,
+    waited: Callable[[], float] | None = None,
 ) -> list[Verdict]:
     """Time rounds until every test is decided, or for so many seconds.
 
@@ -199,7 +202,11 @@ def decide(
         more: times so many rounds of the tests that it is told, as `measured` returns it.
         most: how much slower a test may be.
         limit_s: no further rounds are begun after so many seconds.
+        clock: in seconds; waited: the share of waiting meanwhile, as `Waiting` tells it. Small
+            operations of several threads suffer more from it than the reference does, so above
+            `WAITED` what would be an alarm stays undecided.
     """
+    waited = waited or Waiting().share
     until = clock() + limit_s
     now: Ratios = {test: [] for test in before}
     found = dict.fromkeys(before, UNDECIDED)
@@ -208,7 +215,11 @@ def decide(
             now[test] += ratios
             found[test] = verdict(test, before[test], now[test], most).verdict
         if UNDECIDED not in found.values() or clock() >= until:
-            return [verdict(test, before[test], now[test], most) for test in before]
+            break
+    verdicts = [verdict(test, before[test], now[test], most) for test in before]
+    if waited() > WAITED:
+        return [replace(v, verdict=UNDECIDED) if v.verdict == REGRESSED else v for v in verdicts]
+    return verdicts
 
 
 def save_baseline(path: str | Path, ratios: Ratios, options: dict[str, Any]) -> None:
