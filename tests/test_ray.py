@@ -62,6 +62,7 @@ def test_workers_give_the_table_of_one_process(given, job, tmp_path):
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_line(given, job, tmp_path, capsys):
     assert main([*job[3:-6], "--workers", "2"]) == 2
     assert capsys.readouterr().err.endswith("expected 1 or more, and --ray with it\n")

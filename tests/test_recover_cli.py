@@ -105,7 +105,9 @@ def test_what_was_stopped_is_resumed_or_begun_anew(capsys, monkeypatch, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_after_its_step_and_resuming_gives_the_same(
     capsys, monkeypatch, tmp_path, folder, corpus, number
 ):

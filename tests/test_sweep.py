@@ -129,7 +129,7 @@ def test_a_finished_sweep_loads_no_model(given, tmp_path, monkeypatch):
     assert sweep(protocol_of(given), tmp_path / "run", resume=True, quiet=True) == rows
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_a_sweep_killed_at_a_random_moment_and_resumed_gives_the_same_table(
     given, whole, tmp_path, seed
 ):

@@ -51,27 +51,26 @@ def test_a_gram_matrix_of_a_billion_tokens_keeps_its_digits():
     batch is then rounded in the same direction.
     """
     draw = torch.Generator().manual_seed(0)
-    kinds = []
-    for _ in range(32):  # batches of 2048 tokens, over and over
-        h = torch.randn(2048, 6, generator=draw) + 0.3
-        h[:, 4], h[:, 5] = LARGEST, 1 / 3
-        kinds.append(h)
-    gram, times = torch.zeros(6, 6), TOKENS // (32 * 2048)
-    updates = []
-    for h in kinds:
-        updates.append(torch.zeros(6, 6))
+    kinds = 1024  # batches of 2048 tokens, over and over
+    updates, want = [], torch.zeros(64, 64, dtype=torch.float64)
+    for _ in range(kinds):
+        h = torch.randn(2048, 64, generator=draw) + 0.3
+        h[:, -2], h[:, -1] = LARGEST, 1 / 3
+        updates.append(torch.zeros(64, 64))
         ops.gram_update(updates[-1], h)
+        want += h.double().T @ h.double()
+    times = TOKENS // (kinds * 2048)
+    gram, want = torch.zeros(64, 64), want * times
     for _ in range(times):
         for update in updates:  # what an update adds, without multiplying it anew
             gram += update
-    want = sum(h.double().T @ h.double() for h in kinds) * times
     root = want.diagonal().sqrt()
     assert gram.isfinite().all()
     error = (ops.symmetrize_(gram).double() - want).abs() / torch.outer(root, root)
-    assert error[:4, :4].max() < 1e-3
+    assert error[:-2, :-2].max() < 1e-3
     assert error.max() < 2**-6
     before = gram.clone()
-    ops.gram_update(gram, kinds[0])
+    ops.gram_update(gram, h)
     assert (gram.diagonal() > before.diagonal()).all()  # even then one batch more is felt
 
 
@@ -85,12 +84,12 @@ def threads():
 def test_any_number_of_threads_gives_one_plan_and_the_same_number_the_same_bits(
     threads, tokenizer, texts
 ):
-    model = tiny_model("llama", hidden_size=128, intermediate_size=768)
+    model = tiny_model("llama", hidden_size=64, intermediate_size=384)
     options = {"gram": True, "gradients": True, "taylor": True, "quiet": True}
     found = []
-    for count in (1, 1, 2, 3):
+    for count in (1, 1, 3):
         threads(count)
-        found.append(pk.calibrate(model, tokenizer, texts[:12], [texts[20:24]], **options))
+        found.append(pk.calibrate(model, tokenizer, texts[:6], [texts[20:24]], **options))
     one, again, *others = found
     assert_same(one, again)
     for other in others:
