@@ -51,6 +51,15 @@ def workers_of(process):
     return found
 
 
+def under_way(job, out, draw):
+    """A sweep into a folder, at some moment after its workers have begun; it may be through."""
+    process = subprocess.Popen([*job[:-1], str(out)], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not workers_of(process):
+        time.sleep(0.05)
+    time.sleep(draw.uniform(0, 15))
+    return process
+
+
 def test_workers_give_the_table_of_one_process(given, job, tmp_path):
     made = subprocess.run(job, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
@@ -81,10 +90,7 @@ def test_a_worker_killed_at_any_moment_loses_only_its_cell(given, job, tmp_path)
     killed = 0
     for trial in range(10):
         out = tmp_path / f"run{trial}"
-        process = subprocess.Popen([*job[:-1], str(out)], stdout=subprocess.DEVNULL)
-        while process.poll() is None and not workers_of(process):
-            time.sleep(0.05)
-        time.sleep(draw.uniform(0, 15))
+        process = under_way(job, out, draw)
         if process.poll() is None and (workers := workers_of(process)):
             draw.choice(workers).send_signal(signal.SIGKILL)
             killed += 1
@@ -100,10 +106,7 @@ def test_the_main_process_killed_takes_its_workers_along_and_can_be_resumed(give
     killed = 0
     for trial in range(10):
         out = tmp_path / f"run{trial}"
-        process = subprocess.Popen([*job[:-1], str(out)], stdout=subprocess.DEVNULL)
-        while process.poll() is None and not workers_of(process):
-            time.sleep(0.05)
-        time.sleep(draw.uniform(0, 15))
+        process = under_way(job, out, draw)
         if process.poll() is None:
             everyone = psutil.Process(process.pid).children(recursive=True)
             process.kill()
