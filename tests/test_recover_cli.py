@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -176,30 +174,3 @@ def test_bad_input_is_one_line(capsys, tmp_path, folder, corpus, arguments, mess
     assert message in refused(capsys, "recover", *given, "--quiet")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.training").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_that_accelerate_launches_train_as_one_with_twice_the_batches(
-    capsys, tmp_path, folder, corpus
-):
-    given = ("recover", folder, "--data", corpus, "--method", "full", *QUICK, "--batch", 4)
-    assert run(capsys, *given, "--accumulation", 2, "-o", tmp_path / "one")[0] == 0
-    launch = (
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        2,
-        "--num_machines",
-        1,
-    )
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "prunekit")
-    command = [sys.executable, *map(str, (*launch, *given, "-o", tmp_path / "two"))]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.count("saved ") == 1
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    dense = load_file(folder / "model.safetensors")
-    for name, tensor in one.items():
-        moved = (tensor - dense[name]).abs().max()
-        assert (two[name] - tensor).abs().max() <= 1e-2 * moved, name
