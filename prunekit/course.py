@@ -23,8 +23,8 @@ class Stopped(KeyboardInterrupt):
         signal: the signal's number.
     """
 
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
+    def __init__(self, number: int, said: str):
+        super().__init__(f"{signal.Signals(number).name}: {said}")
         self.signal = number
 
 
@@ -86,6 +86,6 @@ class Course:
                 self._keep(self.done)
                 if came:
                     said = f"{self.done} of {len(batches)} batches were done and are kept"
-                    raise Stopped(f"{signal.Signals(came[0]).name}: {said}", came[0])
+                    raise Stopped(came[0], said)
                 ended = time.monotonic()
                 due = ended + max(KEEP_S, (ended - begun) / KEEP_SHARE)

@@ -68,6 +68,6 @@ SCRIPT = """
 def test_a_kill_leaves_the_old_or_the_new(writer, tmp_path):
     code = textwrap.dedent(SCRIPT).replace("WRITE", WRITERS[writer])
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "30"], capture_output=True, text=True
+        [sys.executable, "-c", code, str(tmp_path), "50"], capture_output=True, text=True
     )
     assert run.stdout.strip().endswith("done"), run.stderr[-2000:]

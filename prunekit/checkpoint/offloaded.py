@@ -70,9 +70,8 @@ class Offloaded:
                 name = self._name(module, attribute)
                 if parameter is None or self.checkpoint.find(name) is None:
                     continue
-                value = (
-                    self.checkpoint.fitting(name, parameter).read().to(self.device, parameter.dtype)
-                )
+                entry = self.checkpoint.fitting(name, parameter)
+                value = entry.read().to(self.device, parameter.dtype)
                 before.append((module, attribute, parameter))
                 module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
         return before

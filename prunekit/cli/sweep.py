@@ -56,8 +56,7 @@ def run(config: SweepConfig, output: Output) -> int:
     try:
         rows = sweep(protocol, out, resume=config.resume, report=report, **options)
     except KeyboardInterrupt:
-        said = f"SIGINT: {len(done)} cells were run now and are kept"
-        raise Stopped(said, signal.SIGINT) from None
+        raise Stopped(signal.SIGINT, f"{len(done)} cells were run now and are kept") from None
     failed = [row for row in rows if row["error"]]
     output.table(
         f"{protocol.name}: {len(cells)} cells, {len(done)} of them run now",

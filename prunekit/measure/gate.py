@@ -209,14 +209,16 @@ def decide(
     waited = waited or Waiting().share
     until = clock() + limit_s
     now: Ratios = {test: [] for test in before}
-    found = dict.fromkeys(before, UNDECIDED)
+    found: dict[str, Verdict] = {}
+    left = list(before)
     while True:
-        for test, ratios in more(ROUNDS, [t for t in found if found[t] == UNDECIDED]).items():
+        for test, ratios in more(ROUNDS, left).items():
             now[test] += ratios
-            found[test] = verdict(test, before[test], now[test], most).verdict
-        if UNDECIDED not in found.values() or clock() >= until:
+            found[test] = verdict(test, before[test], now[test], most)
+        left = [test for test in before if found[test].verdict == UNDECIDED]
+        if not left or clock() >= until:
             break
-    verdicts = [verdict(test, before[test], now[test], most) for test in before]
+    verdicts = [found[test] for test in before]
     if waited() > WAITED:
         return [replace(v, verdict=UNDECIDED) if v.verdict == REGRESSED else v for v in verdicts]
     return verdicts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -91,7 +90,7 @@ class Recovery(Trainer):
             self._run(checkpoint)
         if came:
             said = f"step {self.state.global_step} of {self.state.max_steps} was done and is kept"
-            raise Stopped(f"{signal.Signals(came[0]).name}: {said}", came[0])
+            raise Stopped(came[0], said)
 
     def _run(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
