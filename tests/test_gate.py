@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from prunekit.errors import InputError
+from prunekit.integrations import plain_llama
+from prunekit.integrations.plain_llama import Shape
 from prunekit.measure import gate
 from prunekit.measure.gate import OK, REGRESSED, UNDECIDED, decide, verdict
 from tests.models import tiny_model
@@ -54,6 +57,63 @@ def test_a_tenth_slower_is_caught():
         caught += found.verdict == REGRESSED
         assert found.verdict != OK
     assert caught >= 95
+
+
+def spells(*slow_downs):
+    """A machine that is so much slower for as many rounds as are timed at once, and then again."""
+    each = iter(slow_downs)
+
+    def more(rounds, tests=("tg",)):
+        return machine(1, slow_down=next(each), noise=0.002, spikes=0)(rounds, tests)
+
+    return more
+
+
+@pytest.mark.parametrize(
+    ("slow_downs", "seconds", "said"),
+    [
+        ([1.2, 1.0, 1.0, 1.0, 1.0], 5, OK),
+        ([1.2, 1.2, 1.0, 1.2, 1.0, 1.2], 6, UNDECIDED),  # slow for the most part, never for long
+        ([1.2, 1.2, 1.2], 99, REGRESSED),
+        ([1.2, 1.2, 1.2], 0, REGRESSED),  # an alarm is heard out when time is up
+        ([1.2, 1.0, 1.0], 0, UNDECIDED),
+        ([1.0, 1.0], 0, OK),
+    ],
+)
+def test_an_alarm_has_to_last(slow_downs, seconds, said):
+    before = machine(1, noise=0.002, spikes=0)(3 * gate.ROUNDS)
+    (found,) = decide(before, spells(*slow_downs), 0.05, seconds, steps(), quiet)
+    assert found.verdict == said
+
+
+def test_what_waits_is_not_heard_out():
+    before = machine(1, noise=0.002, spikes=0)(3 * gate.ROUNDS)
+    (found,) = decide(before, spells(1.2), 0.05, 0, steps(), lambda: 0.3)
+    assert found.verdict == UNDECIDED
+
+
+def test_the_reference_is_a_llama_of_the_models_shape(monkeypatch):
+    model = tiny_model("llama", intermediate_size=40)
+    shape = Shape.of(model)
+    assert shape == Shape(32, 40, 2, 4, 2, 8, 100)
+    again = shape.build(model.device, torch.bfloat16)
+    assert Shape.of(again) == shape
+    assert again.dtype == torch.float32  # on a CPU
+    monkeypatch.setattr(plain_llama, "_BYTES", 1)
+    monkeypatch.setattr(plain_llama, "_VOCABULARY", 64)
+    assert Shape.of(shape.build(model.device, model.dtype)) == Shape(32, 40, 1, 4, 2, 8, 64)
+
+
+def test_every_architecture_finds_its_reference(architecture):
+    shape = Shape.of(tiny_model(architecture))
+    out = shape.build(torch.device("cpu"), torch.float32)(torch.arange(3)[None])
+    assert out.logits.shape == (1, 3, shape.vocabulary)
+
+
+@pytest.mark.parametrize("facts", [None, {"hidden": 8}, {**vars(Shape(*[1] * 7)), "width": -1}])
+def test_a_baseline_held_against_nothing_is_refused(facts):
+    with pytest.raises(InputError, match="save it anew"):
+        Shape.read(facts)
 
 
 def test_a_quiet_machine_says_ok_at_once():
@@ -155,8 +215,9 @@ def test_ratios_of_a_model(llama, tmp_path):
         assert min(each) > 0
     assert list(more(1, names[:1])) == names[:1]
     options = sizes | {"models": ["m"]}
-    gate.save_baseline(tmp_path / "b.json", ratios, options)
-    assert gate.read_baseline(tmp_path / "b.json", options) == ratios
+    shape = Shape.of(llama)
+    gate.save_baseline(tmp_path / "b.json", ratios, shape, options)
+    assert gate.read_baseline(tmp_path / "b.json", options) == (ratios, shape)
     with pytest.raises(InputError, match="measured with prompt 8, not 9"):
         gate.read_baseline(tmp_path / "b.json", options | {"prompt": 9})
     (tmp_path / "other.json").write_text(json.dumps({"kind": "x"}))

@@ -35,16 +35,21 @@ def run(
     """Write a baseline, or hold the models against one."""
     sizes = {"prompt": config.prompt, "generate": config.generate, "batch": list(batch)}
     options = sizes | {"compact": config.compact, "engine": str(way), "models": list(models)}
-    tests, more = gate.measured(models, way=way, **sizes)
+    if config.save:
+        shape = gate.Shape.of(next(iter(models.values())))
+    else:
+        before, shape = gate.read_baseline(config.check, options)
+    tests, more = gate.measured(models, way=way, shape=shape, **sizes)
     waiting = gate.Waiting()
     if config.save:
         ratios = more(max(config.rounds, gate.ROUNDS), tests)
-        gate.save_baseline(config.save, ratios, options)
+        gate.save_baseline(config.save, ratios, shape, options)
         _note_waiting(waiting.share(), "save it again when the machine is quiet", output)
-        output.line(f"{config.save}: {len(ratios)} tests, times over a reference of plain torch")
+        output.line(
+            f"{config.save}: {len(ratios)} tests, times over those of a plain model of this shape"
+        )
         output.json({"baseline": config.save, "ratios": ratios})
         return 0
-    before = gate.read_baseline(config.check, options)
     limits = config.max_regression, config.time_limit
     found = gate.decide(before, more, *limits, waited=waiting.share)
     table = [

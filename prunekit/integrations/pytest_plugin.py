@@ -26,6 +26,7 @@ from torch import nn
 
 from prunekit.errors import InputError
 from prunekit.files import read_json, write_json
+from prunekit.integrations.plain_llama import Shape
 from prunekit.measure import gate
 from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
@@ -48,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def prunekit_benchmark(benchmark, request: pytest.FixtureRequest) -> Callable[..., gate.Verdict]:
-    """Time a model against a reference of plain torch, and both against a saved baseline.
+    """Time a model against a plain one of its shape, and both against a saved baseline.
 
     Called with a model, and by name with ``test`` ("pp": prefill, "tg": decoding), ``prompt`` and
     ``generate`` in tokens, ``batch`` and ``limit_s``, after which no further rounds are begun.
@@ -72,17 +73,18 @@ def prunekit_benchmark(benchmark, request: pytest.FixtureRequest) -> Callable[..
         if test not in TESTS:
             raise InputError(f"prunekit_benchmark: got test {test!r}; expected one of {TESTS}")
         waiting = gate.Waiting()
-        cases = cases_of({"model": model}, prompt, generate, [batch])
-        case = next(run for (_, found, _), (run, _) in cases.items() if found.startswith(test))
-        reference = gate.reference_cases(model.device)[test]
         options = {"test": test, "prompt": prompt, "generate": generate, "batch": batch}
         saves = config.getoption("--prunekit-save")
-        before = [] if saves or benchmark.disabled else _read(path, name, options)
+        compared = not saves and not benchmark.disabled
+        before, shape = _read(path, name, options) if compared else ([], Shape.of(model))
+        timed = {"model": model, "reference": shape.build(model.device, model.dtype)}
+        cases = cases_of(timed, prompt, generate, [batch]).items()
+        case, reference = (run for (_, found, _), (run, _) in cases if found.startswith(test))
         ratios = _first_rounds(benchmark, case, reference)
         if not ratios:
             return None  # --benchmark-disable: it ran once, and nothing was timed
         if saves:
-            _save(path, name, ratios, options)
+            _save(path, name, ratios, shape, options)
             return None
         rounds = iter([ratios])  # those that were timed already come first
 
@@ -139,15 +141,17 @@ def _tests(path: Path) -> dict[str, dict[str, Any]]:
     return value["tests"]
 
 
-def _save(path: Path, name: str, ratios: list[float], options: dict[str, Any]) -> None:
+def _save(
+    path: Path, name: str, ratios: list[float], shape: Shape, options: dict[str, Any]
+) -> None:
     """Add a test to the baselines of a file, or replace it there."""
     tests = _tests(path)
-    tests[name] = {"options": options, "ratios": ratios}
+    tests[name] = {"options": options, "reference": asdict(shape), "ratios": ratios}
     facts = {"kind": KIND, "schema": gate.SCHEMA, "tests": tests}
     write_json(path, facts | {"provenance": provenance()})
 
 
-def _read(path: Path, name: str, options: dict[str, Any]) -> list[float]:
+def _read(path: Path, name: str, options: dict[str, Any]) -> tuple[list[float], Shape]:
     known = _tests(path)
     if name not in known:
         raise InputError(f"{path}: no baseline of {name}; write one with pytest --prunekit-save")
@@ -156,4 +160,4 @@ def _read(path: Path, name: str, options: dict[str, Any]) -> list[float]:
             f"{path}: {name} was measured with {known[name]['options']}, not {options}; "
             "write it anew with pytest --prunekit-save"
         )
-    return known[name]["ratios"]
+    return known[name]["ratios"], Shape.read(known[name].get("reference"))

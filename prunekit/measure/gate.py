@@ -1,37 +1,40 @@
 """Whether a model became slower than a saved baseline says, on a noisy machine or on another one.
 
-Every test is timed between two runs of a reference of plain torch, which no change of ours touches;
+Every test is timed between two runs of the same by a plain model, which no change of ours touches;
 what is kept and compared is the ratio, round by round, so that a slower machine is no regression,
 and one that is slow for a second hardly noise. Intervals decide, not medians; what they leave
-undecided is timed again, alone, until time is up.
+undecided is timed again, alone, until time is up. Rounds of one moment share its noise, which no
+interval of theirs tells, so that an alarm has to be raised three times in a row.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any
 
-import torch
 from torch import nn
 
 from prunekit.errors import InputError
 from prunekit.files import read_json, write_json
 from prunekit.integrations.fixed_shapes import EAGER, Way
+from prunekit.integrations.plain_llama import Shape
 from prunekit.measure.comparison import cases_of
 from prunekit.measure.provenance import provenance
 from prunekit.measure.throughput import mlps_case
 from prunekit.measure.timing import seconds_of, warm_up
 from prunekit.measure.waiting import Waiting
 
-KIND, SCHEMA = "prunekit bench baseline", 3
+KIND, SCHEMA = "prunekit bench baseline", 4
 ROUNDS = 11  # of a baseline, and before the first decision: fewer give no interval of 99.9 %
 MLP_PASSES = 8  # of MLPs alone, a token each: one is too short to be timed
 MLP_TIMES = 4  # that MLPs alone are timed a round: they are the shortest tests, and tell most
 ALARM, CALM = 0.999, 0.95  # how sure an interval has to be to raise an alarm, and to raise none
+ALARMS = 3  # stretches of rounds in a row that each have to be too slow, before it is an alarm
 WAITED = 0.10  # share of waiting for a processor above which a model may well be slower for that
 OK, REGRESSED, UNDECIDED = "ok", "regressed", "undecided"
 
@@ -62,31 +65,6 @@ class Verdict:
     verdict: str
 
 
-def reference_cases(device: torch.device) -> dict[str, Callable[[], None]]:
-    """What the machine itself can do: pp is bound by products in fp32, tg by reading matrices."""
-    generator = torch.Generator().manual_seed(0)
-    count, size = (16, 2048) if device.type == "cpu" else (64, 4096)
-    matrices = [torch.randn(size, size, generator=generator).to(device) for _ in range(count)]
-    many = torch.randn(256, size, generator=generator).to(device)
-
-    def products() -> None:
-        for matrix in matrices[:4]:
-            many @ matrix
-        _wait(device)
-
-    def reading() -> None:
-        for matrix in 2 * matrices:
-            matrix @ many[0]
-        _wait(device)
-
-    return {"pp": products, "tg": reading}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def measured(
     models: Mapping[str, nn.Module],
     *,
@@ -94,6 +72,7 @@ def measured(
     generate: int,
     batch: Sequence[int],
     way: Way = EAGER,
+    shape: Shape | None = None,
 ) -> tuple[list[str], More]:
     """Return the tests' names, and what times so many rounds more of some, as ratios.
 
@@ -103,35 +82,52 @@ def measured(
 
     Args:
         models, prompt, generate, batch, way: as for `bench_models`; MLPs alone always run eagerly.
+        shape: of the reference, as the baseline has it; by default the first model's.
     """
-    cases = cases_of(models, prompt, generate, batch, way)
-    runs = {f"{name} {test} batch {size}": run for (name, test, size), (run, _) in cases.items()}
-    for size in batch:
-        for name, model in models.items():
-            many = mlps_case(model, size, prompt, 1), mlps_case(model, size, 1, MLP_PASSES)
-            for test, run in zip((f"pp{prompt}", f"tg{MLP_PASSES}"), many, strict=True):
-                if run is not None:
-                    runs[f"{name} MLPs {test} batch {size}"] = run
-    device = next(iter(models.values())).device
-    references = reference_cases(device)
+    first = next(iter(models.values()))
+    reference = (shape or Shape.of(first)).build(first.device, first.dtype)
+    sizes = {"prompt": prompt, "generate": generate, "batch": batch}
+    cases = {f"{name} {kind}": run for name, kind, run in _cases(models, way=way, **sizes)}
+    against = {kind: run for _, kind, run in _cases({"": reference}, **sizes)}
     warm = False
 
     def more(rounds: int, tests: Collection[str]) -> Ratios:
         nonlocal warm
         if not warm:
-            warm_up({**references, **runs})
+            warm_up({**{("", kind): run for kind, run in against.items()}, **cases})
         warm = True
         found: Ratios = {test: [] for test in tests}
         for _ in range(rounds):
-            for kind, reference in references.items():
-                alike = [test for test in tests if test.split()[-3][:2] == kind]
-                short = [test for test in alike if " MLPs " in test]
-                order = alike + (MLP_TIMES - 1) * short
-                for test, each in zip(order, between(map(runs.get, order), reference), strict=True):
+            for kind, other in against.items():
+                order = [f"{name} {kind}" for name in models if f"{name} {kind}" in found]
+                if kind.startswith("MLPs"):
+                    order = MLP_TIMES * order
+                for test, each in zip(order, between(map(cases.get, order), other), strict=True):
                     found[test].append(each)
         return found
 
-    return list(runs), more
+    return list(cases), more
+
+
+def _cases(
+    models: Mapping[str, nn.Module],
+    *,
+    prompt: int,
+    generate: int,
+    batch: Sequence[int],
+    way: Way = EAGER,
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """What runs a test, with the model's name and the test's: whole, then its MLPs alone."""
+    for (name, test, size), (run, _) in cases_of(models, prompt, generate, batch, way).items():
+        yield name, f"{test} batch {size}", run
+    for size in batch:
+        for name, model in models.items():
+            for test, tokens, times in (
+                (f"pp{prompt}", prompt, 1),
+                (f"tg{MLP_PASSES}", 1, MLP_PASSES),
+            ):
+                if (run := mlps_case(model, size, tokens, times)) is not None:
+                    yield name, f"MLPs {test} batch {size}", run
 
 
 def between(
@@ -201,37 +197,55 @@ def decide(
         before: the baseline's ratios.
         more: times so many rounds of the tests that it is told, as `measured` returns it.
         most: how much slower a test may be.
-        limit_s: no further rounds are begun after so many seconds.
+        limit_s: no further rounds are begun after so many seconds, but those that an alarm lacks.
         clock: in seconds; waited: the share of waiting meanwhile, as `Waiting` tells it. Small
             operations of several threads suffer more from it than the reference does, so above
             `WAITED` what would be an alarm stays undecided.
     """
     waited = waited or Waiting().share
     until = clock() + limit_s
-    now: Ratios = {test: [] for test in before}
+    spells: dict[str, list[list[float]]] = {test: [] for test in before}
     found: dict[str, Verdict] = {}
+
+    def doubtful(test: str) -> bool:
+        said = found[test].verdict
+        return said == REGRESSED and not _lasting(before[test], spells[test], most)
+
     left = list(before)
-    while True:
+    while left:
         for test, ratios in more(ROUNDS, left).items():
-            now[test] += ratios
-            found[test] = verdict(test, before[test], now[test], most)
-        left = [test for test in before if found[test].verdict == UNDECIDED]
-        if not left or clock() >= until:
-            break
-    verdicts = [found[test] for test in before]
-    if waited() > WAITED:
-        return [replace(v, verdict=UNDECIDED) if v.verdict == REGRESSED else v for v in verdicts]
-    return verdicts
+            spells[test].append(ratios)
+            now = list(chain.from_iterable(spells[test]))
+            found[test] = verdict(test, before[test], now, most)
+        left = [test for test in left if found[test].verdict == UNDECIDED or doubtful(test)]
+        if clock() >= until:
+            heard_out = waited() <= WAITED
+            young = [test for test in left if doubtful(test) and len(spells[test]) < ALARMS]
+            left = young if heard_out else []
+    waits = waited() > WAITED
+    return [
+        replace(each, verdict=UNDECIDED)
+        if each.verdict == REGRESSED and (waits or doubtful(test))
+        else each
+        for test, each in ((test, found[test]) for test in before)
+    ]
 
 
-def save_baseline(path: str | Path, ratios: Ratios, options: dict[str, Any]) -> None:
-    """Write a baseline, with what it was measured with."""
+def _lasting(before: Sequence[float], spells: Sequence[Sequence[float]], most: float) -> bool:
+    """Whether each of the last stretches of rounds was too slow for itself."""
+    slow = [median(spell) > (1 + most) * median(before) for spell in spells[-ALARMS:]]
+    return len(slow) == ALARMS and all(slow)
+
+
+def save_baseline(path: str | Path, ratios: Ratios, shape: Shape, options: dict[str, Any]) -> None:
+    """Write a baseline, with what it was measured with and held against."""
     facts = {"kind": KIND, "schema": SCHEMA, "options": options, "ratios": ratios}
+    facts["reference"] = asdict(shape)
     write_json(path, facts | {"provenance": provenance()})
 
 
-def read_baseline(path: str | Path, options: dict[str, Any]) -> Ratios:
-    """Read a baseline.
+def read_baseline(path: str | Path, options: dict[str, Any]) -> tuple[Ratios, Shape]:
+    """Read a baseline, and what to hold against this time too.
 
     Raises:
         InputError: it is no such file, or was measured with other options.
@@ -243,4 +257,4 @@ def read_baseline(path: str | Path, options: dict[str, Any]) -> Ratios:
         if value["options"].get(name) != wanted:
             was = value["options"].get(name)
             raise InputError(f"--check: {path} was measured with {name} {was}, not {wanted}")
-    return value["ratios"]
+    return value["ratios"], Shape.read(value.get("reference"))
