@@ -12,6 +12,7 @@ from setuptools import setup
 STABLE_ABI_OF_TORCH_2_10 = "0x020a000000000000"
 # The vectors that cross functions are inlined away, and GCC 12 warns of its own AVX-512 header.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS += os.environ.get("CFLAGS", "").split()  # last, so that they win
 
 
 def note(text: str) -> None:

@@ -78,7 +78,9 @@ class Entry:
         """
         if not self.size:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(self._bytes(), dtype=DTYPES[self.dtype]).reshape(self.shape)
+        return torch.frombuffer(self._bytes(0, self.size), dtype=DTYPES[self.dtype]).reshape(
+            self.shape
+        )
 
     def sha256(self) -> str:
         """The hash of its bytes."""
@@ -88,19 +90,19 @@ class Entry:
         return found.hexdigest()
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes, at most ``CHUNK`` at a time."""
-        if self.size:
-            whole = self._bytes()
-            yield from (whole[i : i + CHUNK] for i in range(0, self.size, CHUNK))
+        """Its bytes, at most ``CHUNK`` at a time; the file's pages go as they were used."""
+        for begin in range(0, self.size, CHUNK):
+            yield self._bytes(begin, min(CHUNK, self.size - begin))
 
-    def _bytes(self) -> memoryview:
+    def _bytes(self, begin: int, size: int) -> memoryview:
+        start = self.start + begin
         with self.path.open("rb", buffering=0) as file:
             now = os.fstat(file.fileno())
             if now.st_size < self.start + self.size or now.st_mtime_ns != self.stamp:
                 raise InputError(f"{self.path}: was changed while {self.name} was to be read")
-            before = self.start % mmap.ALLOCATIONGRANULARITY  # a map begins with a page
-            options = {"access": mmap.ACCESS_COPY, "offset": self.start - before}
-            pages = mmap.mmap(file.fileno(), before + self.size, **options)
+            before = start % mmap.ALLOCATIONGRANULARITY  # a map begins with a page
+            options = {"access": mmap.ACCESS_COPY, "offset": start - before}
+            pages = mmap.mmap(file.fileno(), before + size, **options)
         return memoryview(pages)[before:]
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,7 @@ import prunekit as pk
 from prunekit.recover.trainer import Recovery
 from tests.models import tiny_model
 from tests.test_cli import corpus, refused, run
+from tests.test_ranks import torchrun
 
 __all__ = ["corpus"]  # a fixture
 
@@ -174,3 +176,29 @@ def test_bad_input_is_one_line(capsys, tmp_path, folder, corpus, arguments, mess
     assert message in refused(capsys, "recover", *given, "--quiet")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_that_accumulates(capsys, tmp_path, folder, corpus):
+    """The loss and gradient of every step, and the way that the weights went."""
+    given = ("--data", corpus, "--method", "full", *QUICK, "--batch", 4)
+    one, two = tmp_path / "one", tmp_path / "two"
+    status, _, err = run(capsys, "recover", folder, *given, "--accumulation", 2, "-o", one)
+    assert status == 0, err
+    # What `accelerate launch` starts where it finds GPUs; on a CPU it starts one process alone.
+    made = torchrun(2, "recover", folder, *given, "-o", two)
+    assert made.returncode == 0, made.stderr
+    curves = [
+        [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+        for out in (one, two)
+    ]
+    for mine, other in zip(*curves, strict=True):
+        for key, value in mine.items():
+            assert other[key] == pytest.approx(value, rel=1e-4), key
+    dense, *after = (load_file(p / "model.safetensors") for p in (folder, one, two))
+    moved, apart = (
+        torch.cat([(a[name] - b[name]).flatten() for name in dense])
+        for a, b in ((after[0], dense), (after[1], after[0]))
+    )
+    # Of a gradient that is noise Adam makes a whole step, so that single weights may go anywhere.
+    assert apart.norm() < 0.01 * moved.norm()

@@ -141,6 +141,7 @@ void gather_rows_out(const Tensor& x, const Tensor& index, const Tensor& out) {
   const auto kept = checked_index<int64_t>("gather_rows", index, x.size(0));
   const int64_t count = static_cast<int64_t>(kept.size()), width = x.size(1);
   check_out("gather_rows", x, out, count, width);
+  if (count == 0 || width == 0) return;  // such a tensor may be at no address
 
   const int64_t size = static_cast<int64_t>(x.element_size()), bytes = width * size;
   const int64_t stride = rows.stride(0) * size, out_stride = out.stride(0) * size;
