@@ -29,7 +29,6 @@ from prunekit.gradients import (
     output_squares,
     weights_reduced,
 )
-from prunekit.heap import trim
 from prunekit.observe import observed
 from prunekit.ops.quick import quick_products
 from prunekit.progress import progress_bar
@@ -259,7 +258,6 @@ class _Class:
         for i in self.model.inside[number]:
             self.sums[i].finish()
             self.sums[i].put_away(self.folder / f"{self.name}-{i}")
-        trim()
 
     def _through_the_head(self, groups: list[Batch]) -> None:
         """Leave the loss's gradient at the last layer's output."""

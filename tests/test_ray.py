@@ -51,12 +51,26 @@ def workers_of(process):
     return found
 
 
-def under_way(job, out, draw):
-    """A sweep into a folder, at some moment after its workers have begun; it may be through."""
+def begun(job, out):
+    """A sweep into a folder, whose workers have begun."""
     process = subprocess.Popen([*job[:-1], str(out)], stdout=subprocess.DEVNULL)
     while process.poll() is None and not workers_of(process):
         time.sleep(0.05)
-    time.sleep(draw.uniform(0, 15))
+    return process
+
+
+@pytest.fixture
+def span(job, tmp_path):
+    """Seconds from then to its end."""
+    process, since = begun(job, tmp_path / "timed"), time.monotonic()
+    assert process.wait() == 0
+    return time.monotonic() - since
+
+
+def under_way(job, out, wait):
+    """A sweep into a folder, so many seconds after its workers have begun; it may be through."""
+    process = begun(job, out)
+    time.sleep(wait)
     return process
 
 
@@ -84,13 +98,13 @@ def test_what_cannot_be_is_one_line(given, job, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_worker_killed_at_any_moment_loses_only_its_cell(given, job, tmp_path):
+def test_a_worker_killed_at_any_moment_loses_only_its_cell(given, job, tmp_path, span):
     """Ten sweeps, in each of which a worker is killed, at the beginning, in a cell or between."""
     want, draw = table(given, tmp_path), random.Random(3)
     killed = 0
     for trial in range(10):
         out = tmp_path / f"run{trial}"
-        process = under_way(job, out, draw)
+        process = under_way(job, out, draw.uniform(0, 0.8 * span))
         if process.poll() is None and (workers := workers_of(process)):
             draw.choice(workers).send_signal(signal.SIGKILL)
             killed += 1
@@ -100,18 +114,20 @@ def test_a_worker_killed_at_any_moment_loses_only_its_cell(given, job, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_main_process_killed_takes_its_workers_along_and_can_be_resumed(given, job, tmp_path):
+def test_the_main_process_killed_takes_its_workers_along_and_can_be_resumed(
+    given, job, tmp_path, span
+):
     """Ten sweeps, each killed at some moment; what was done is kept, the rest done by resuming."""
     want, draw = table(given, tmp_path), random.Random(4)
     killed = 0
     for trial in range(10):
         out = tmp_path / f"run{trial}"
-        process = under_way(job, out, draw)
+        process = under_way(job, out, draw.uniform(0, 0.8 * span))
         if process.poll() is None:
             everyone = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             killed += 1
-            assert psutil.wait_procs(everyone, timeout=30)[1] == []
+            assert psutil.wait_procs(everyone, timeout=60)[1] == []
         process.wait()
         done = read_rows(out / NAME)
         rows = sweep(protocol_of(given), out, resume=True, quiet=True)

@@ -15,7 +15,6 @@ from prunekit.cli.output import Output, megabytes
 from prunekit.cli.sources import corpora, joined
 from prunekit.config import CalibrateConfig, PruneConfig
 from prunekit.files import working_folder
-from prunekit.heap import keep_few_kernels
 from prunekit.integrations.loading import load_shape, load_tokenizer, weights_folder
 from prunekit.layerwise import calibrate_layerwise
 from prunekit.stats import NeuronStats
@@ -38,7 +37,6 @@ def _calibrated(
     config: CalibrateConfig | PruneConfig, output: Output, place: Path, wanted: dict[str, bool]
 ) -> NeuronStats:
     check_sizes(config.max_length, config.batch_tokens)
-    keep_few_kernels()
     folder = weights_folder(config.model)
     shape = load_shape(config.model, dtype=config.dtype, buffers=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
