@@ -78,9 +78,8 @@ class Entry:
         """
         if not self.size:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(self._bytes(0, self.size), dtype=DTYPES[self.dtype]).reshape(
-            self.shape
-        )
+        pages = self._bytes(0, self.size)
+        return torch.frombuffer(pages, dtype=DTYPES[self.dtype]).reshape(self.shape)
 
     def sha256(self) -> str:
         """The hash of its bytes."""

@@ -27,6 +27,7 @@ print(*torch.ops.loaded_libraries)
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     """A copy of the project with such a build in it, and the environment to run it in."""
+    runtimes = [library(name) for name in ("libasan.so", "libubsan.so")]
     copy = tmp_path_factory.mktemp("sanitized")
     for name in SOURCES:
         source, target = ROOT / name, copy / name
@@ -38,7 +39,6 @@ def sanitized(tmp_path_factory):
     flags = {"CFLAGS": f"-O1 -fno-omit-frame-pointer {SANITIZERS}", "LDFLAGS": SANITIZERS}
     built = run([sys.executable, "setup.py", "build_ext", "--inplace"], copy, os.environ | flags)
     assert list((copy / "prunekit").glob("_C*.so")), built.stderr
-    runtimes = [library(name) for name in ("libasan.so", "libubsan.so")]
     options = {"LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     options["UBSAN_OPTIONS"] = "print_stacktrace=1"
     for name in ("ASAN_OPTIONS", "UBSAN_OPTIONS"):  # what a test prints before it dies is lost
@@ -48,6 +48,8 @@ def sanitized(tmp_path_factory):
 
 def library(name: str) -> str:
     """Where the compiler keeps a runtime."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
     found = subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
     if not os.path.isabs(found):
         pytest.skip(f"the compiler comes without {name}")

@@ -2,7 +2,7 @@
 
 It does the same test, so that a neighbour who takes memory, caches or the clock slows both alike,
 and no change of ours touches it. Of plain matrix products that is not so: on a shared host MLPs of
-one token differed from them by 10 % for half a minute and more, and from such MLPs by 2 %.
+one token differed from them by 10 % for half a minute and more, and from such MLPs by 3 %.
 """
 
 from __future__ import annotations

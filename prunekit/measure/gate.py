@@ -94,7 +94,7 @@ def measured(
     def more(rounds: int, tests: Collection[str]) -> Ratios:
         nonlocal warm
         if not warm:
-            warm_up({**{("", kind): run for kind, run in against.items()}, **cases})
+            warm_up({**against, **cases})
         warm = True
         found: Ratios = {test: [] for test in tests}
         for _ in range(rounds):
@@ -219,16 +219,13 @@ def decide(
             found[test] = verdict(test, before[test], now, most)
         left = [test for test in left if found[test].verdict == UNDECIDED or doubtful(test)]
         if clock() >= until:
-            heard_out = waited() <= WAITED
             young = [test for test in left if doubtful(test) and len(spells[test]) < ALARMS]
-            left = young if heard_out else []
+            left = young if waited() <= WAITED else []
     waits = waited() > WAITED
-    return [
-        replace(each, verdict=UNDECIDED)
-        if each.verdict == REGRESSED and (waits or doubtful(test))
-        else each
-        for test, each in ((test, found[test]) for test in before)
-    ]
+    for test, each in found.items():
+        if doubtful(test) or (waits and each.verdict == REGRESSED):
+            found[test] = replace(each, verdict=UNDECIDED)
+    return [found[test] for test in before]
 
 
 def _lasting(before: Sequence[float], spells: Sequence[Sequence[float]], most: float) -> bool:
