@@ -16,7 +16,7 @@ from prunekit.batching import Batch
 
 # Lengths are rounded up to a multiple of this by padding on the right, which no token sees: the
 # CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
-_ROUND = 32
+ROUND = 32
 HEAD_BYTES = 24 << 20  # of fp32 logits at a time
 IGNORED = -100  # cross_entropy's label for what is not to be scored
 KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
@@ -24,7 +24,7 @@ KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of compu
 
 def padded(batch: Batch) -> torch.Tensor:
     """A batch's ids, [B, S], S a multiple of 32."""
-    return F.pad(batch.ids, (0, -batch.ids.shape[1] % _ROUND))
+    return F.pad(batch.ids, (0, -batch.ids.shape[1] % ROUND))
 
 
 @contextmanager
@@ -161,10 +161,11 @@ def _through_head(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -
     labels = labels.to(hidden.device)
     rows = max(HEAD_BYTES // (4 * head.weight.shape[0]), 1)
     for chosen in (labels != IGNORED).flatten().nonzero().flatten().split(rows):
-        part = hidden.flatten(0, 1)[chosen].requires_grad_()
+        wide = F.pad(chosen, (0, -len(chosen) % ROUND))  # by the first token, for the shape alone
+        part = hidden.flatten(0, 1)[wide].requires_grad_()
         logits = head(part)
-        logits.backward(_logits_gradient(logits.detach(), labels.flatten()[chosen]))
-        gradient.flatten(0, 1)[chosen] = part.grad
+        logits.backward(_logits_gradient(logits.detach(), labels.flatten()[wide].clamp(min=0)))
+        gradient.flatten(0, 1)[chosen] = part.grad[: len(chosen)]
     return gradient
 
 

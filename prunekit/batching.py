@@ -74,13 +74,17 @@ def encode(corpus: Corpus, tokenizer: Any, max_length: int) -> list[Tokens]:
 
 
 def batches(
-    prompts: Sequence[Tokens], batch_tokens: int, *, pad: int | None = 0
+    prompts: Sequence[Tokens], batch_tokens: int, *, pad: int | None = 0, multiple: int = 1
 ) -> Iterator[Batch]:
-    """Group prompts of similar length, longest first, so that B·S stays within the budget."""
+    """Group prompts of similar length, longest first, so that B·S stays within the budget.
+
+    S is a multiple of ``multiple``.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
     start = 0
     while start < len(order):
         longest = max(len(prompts[order[start]].ids), 1)
+        longest += -longest % multiple
         index = tuple(order[start : start + max(batch_tokens // longest, 1)])
         group = [prompts[i] for i in index]
         ids = torch.full((len(group), longest), pad or 0, dtype=torch.int64)

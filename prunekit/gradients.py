@@ -16,7 +16,7 @@ from torch import nn
 
 from prunekit import ops, ranks
 from prunekit.arch import MLPView, Slot
-from prunekit.backward import loss_backward, padded, training_only
+from prunekit.backward import ROUND, loss_backward, training_only
 from prunekit.batching import Batch, Tokens, batches
 from prunekit.course import Course
 from prunekit.errors import InputError
@@ -116,8 +116,7 @@ def gradient_batches(prompts: Sequence[Tokens], *, taylor: bool) -> list[Batch]:
     """The batches that run backwards, padded; what is scored of them is as for `add_gradients`."""
     if not any(max(p.scored, 1) < len(p.ids) for p in prompts):
         prompts = [replace(p, scored=0) for p in prompts]
-    groups = batches(prompts, 1 if taylor else BATCH_TOKENS)
-    return [replace(batch, ids=padded(batch)) for batch in groups]
+    return list(batches(prompts, 1 if taylor else BATCH_TOKENS, multiple=ROUND))
 
 
 def _run_groups(

@@ -219,8 +219,10 @@ class _Class:
         return progress_bar(total, f"calibrate {self.name}", "tok", quiet=self.quiet)
 
     def _embed(self, groups: list[Batch]) -> None:
-        for b, batch in enumerate(groups):
-            self.hidden.put(0, b, self.model.embed(batch))
+        with self.model.with_ends():
+            check_finite(self.model.model, self.model.views)
+            for b, batch in enumerate(groups):
+                self.hidden.put(0, b, self.model.embed(batch))
 
     def _of(self, number: int) -> tuple[list[MLPView], list[NeuronSums]]:
         inside = self.model.inside[number]
@@ -262,7 +264,10 @@ class _Class:
     def _through_the_head(self, groups: list[Batch]) -> None:
         """Leave the loss's gradient at the last layer's output."""
         model, last = self.model, len(self.model.layers)
-        with idle(model.layers), loss_backward(model.model, model.views, groups) as backward:
+        with ExitStack() as stack:
+            stack.enter_context(model.with_ends())
+            stack.enter_context(idle(model.layers))
+            backward = stack.enter_context(loss_backward(model.model, model.views, groups))
             for b, batch in enumerate(groups):
                 leaving = self._entering(last, b, True)
                 with model.ending(leaving):

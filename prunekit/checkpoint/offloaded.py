@@ -1,4 +1,4 @@
-"""A model whose decoder layers stay on disk: each is in memory only while it runs."""
+"""A model whose weights stay on disk: each layer, and its ends, are in memory only while they run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ Alone = Callable[[Batch, torch.Tensor], torch.Tensor]
 
 
 class Offloaded:
-    """A model of which embeddings, norms and head are in memory, and a layer where it is asked for.
+    """A model of which norms and the like are in memory, and the rest where it is asked for.
 
-    What the decoder calls its layers with, beside their hidden states, must not depend on these.
+    What the decoder calls its layers with, beside their hidden states, must depend neither on these
+    nor on the tokens.
 
     Args:
         checkpoint: whose ``shape`` has its buffers (`integrations.loading.load_shape`); it is
@@ -31,13 +32,15 @@ class Offloaded:
     Attributes:
         model: the shape.
         views: its MLPs; their weights are there while their layer is `resident`.
+        ends: the embedding of tokens, and the head where there is one; they are there inside
+            `with_ends`.
         inside: for each layer the positions of its MLPs among them.
 
     Raises:
         InputError: the checkpoint lacks a tensor, or has it in another shape.
 
     Cost:
-        The bytes of what is in no layer.
+        The bytes of what is neither in a layer nor an end.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
@@ -52,11 +55,13 @@ class Offloaded:
                 if buffer is not None:
                     entry = checkpoint.find(self._name(module, name))
                     module._buffers[name] = (entry.read() if entry else buffer).to(self.device)
-        in_layers = {id(part) for layer in self.layers for part in layer.modules()}
-        self._fill(part for part in self.model.modules() if id(part) not in in_layers)
+        ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.ends = [end for end in ends if end is not None]
+        later = {id(part) for whole in (*self.layers, *self.ends) for part in whole.modules()}
+        self._fill(part for part in self.model.modules() if id(part) not in later)
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
-            if parameter.is_meta:  # a layer's: to be there when its turn comes
+            if parameter.is_meta:  # to be there when its turn comes
                 checkpoint.fitting(name, parameter)
 
     def _name(self, module: nn.Module, attribute: str) -> str:
@@ -86,20 +91,32 @@ class Offloaded:
             for module, attribute, parameter in before:
                 module._parameters[attribute] = parameter
 
+    @contextmanager
+    def with_ends(self) -> Iterator[None]:
+        """Inside, the embeddings and the head are in memory."""
+        first, none = self.ends[0], self.ends[0].weight
+        tied = [end for end in self.ends[1:] if end.weight is none]
+        before = self._fill(part for end in self.ends if end not in tied for part in end.modules())
+        try:
+            for end in tied:
+                end.weight = first.weight
+            yield
+        finally:
+            for end in tied:
+                end.weight = none
+            for module, attribute, parameter in before:
+                module._parameters[attribute] = parameter
+
     def layer_bytes(self) -> int:
         """What the largest layer takes in memory."""
         return max(sum(p.nbytes for p in layer.parameters()) for layer in self.layers)
 
-    def other_bytes(self) -> int:
-        """What is always in memory."""
-        total = sum(p.nbytes for p in self.model.parameters())
-        return total - sum(p.nbytes for layer in self.layers for p in layer.parameters())
-
-    def _run(self, batch: Batch) -> None:
-        decoder_of(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
+    def ends_bytes(self) -> int:
+        """What the ends take in memory, a matrix that both share once."""
+        return sum({id(p): p.nbytes for end in self.ends for p in end.parameters()}.values())
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """What enters the first layer: [B, S, D]."""
+        """What enters the first layer, [B, S, D]; called inside `with_ends`."""
         seen: list[torch.Tensor] = []
 
         def keep(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
@@ -107,7 +124,7 @@ class Offloaded:
             return hidden_states
 
         with idle(self.layers), calling_instead(self.layers[0], keep):
-            self._run(batch)
+            decoder_of(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
         return seen[0]
 
     @contextmanager
@@ -124,7 +141,10 @@ class Offloaded:
 
         def run(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
             place["in"] = hidden
-            self._run(batch)
+            # In the embeddings' place, which are not there: what they give goes nowhere.
+            nothing = torch.zeros((), dtype=hidden.dtype, device=self.device)
+            nothing = nothing.expand(*batch.ids.shape, self.ends[0].weight.shape[1])
+            decoder_of(self.model)(inputs_embeds=nothing, use_cache=False)
             return place.pop("out")
 
         with idle(self.layers), calling_instead(layer, here):

@@ -44,8 +44,9 @@ def _calibrated(
     read = _encoded(config)
     if not config.quiet:
         output.note(
-            f"offload: {megabytes(model.other_bytes())} of weights stay in memory, and "
-            f"{megabytes(model.layer_bytes())} of one layer of {len(model.layers)}"
+            f"offload: of the weights one of {len(model.layers)} layers is in memory at a time "
+            f"({megabytes(model.layer_bytes())}), or embeddings and head "
+            f"({megabytes(model.ends_bytes())})"
         )
     options = {"batch_tokens": config.batch_tokens, "quiet": config.quiet}
     return calibrate_layerwise(model, read, folder=place, **options, **wanted)

@@ -10,6 +10,10 @@ from prunekit.ops.registry import LIBRARY, call, define
 
 _BLOCK = 512  # columns of the Gram matrix a product; the triangle skips what lies below them
 
+# Rows of zeros round a batch up to a multiple of this: oneDNN compiles and keeps each product of a
+# new shape, and no two batches have as many tokens.
+_ROWS = 128
+
 
 def gram_update_ref(gram: torch.Tensor, h: torch.Tensor) -> None:
     wide = h.to(gram.dtype)
@@ -33,8 +37,10 @@ def bf16_products():
 
 def _gram_update_cpu(gram: torch.Tensor, h: torch.Tensor) -> None:
     if h.dtype == torch.bfloat16:
+        wide = torch.zeros(len(h) + -len(h) % _ROWS, h.shape[1])
+        wide[: len(h)] = h
         with bf16_products():
-            gram_update_tiled(gram, h.float())
+            gram_update_tiled(gram, wide)
     else:
         gram_update_tiled(gram, h)
 
