@@ -17,7 +17,7 @@ from prunekit.batching import Batch
 # Lengths are rounded up to a multiple of this by padding on the right, which no token sees: the
 # CPU's library compiles and keeps each product of a new shape, a gigabyte for 200 lengths.
 ROUND = 32
-HEAD_BYTES = 24 << 20  # of fp32 logits at a time
+HEAD_BYTES = 12 << 20  # of fp32 logits at a time
 IGNORED = -100  # cross_entropy's label for what is not to be scored
 KEPT_BYTES = 1 << 30  # of activations that a backward may keep instead of computing them again
 

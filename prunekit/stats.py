@@ -235,7 +235,7 @@ class NeuronSums:
         self, *, centred: bool = False, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
         """Mean over tokens of h·hᵀ, fp64 [F, F], needs `gram`; centred, h less its mean."""
-        moment = self.gram.to(device, torch.float64) / self.tokens
+        moment = self.gram.to(device, torch.float64, copy=True).div_(self.tokens)
         if centred:
             mean = self.token_mean.to(device)
             moment -= torch.outer(mean, mean)

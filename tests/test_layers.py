@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("config", "course", "errors", "files", "progress", "ranks", "tensors", "values"),
+    ("config", "course", "errors", "files", "heap", "progress", "ranks", "tensors", "values"),
     ("prunekit_kernels",),
     ("ops",),
     ("arch", "stats", "unfinished", "nn", "observe", "corpus", "batching", "contrast"),

@@ -13,6 +13,7 @@ from prunekit.arch import decoder_layers, decoder_of, members
 from prunekit.backward import calling_instead, idle
 from prunekit.batching import Batch
 from prunekit.checkpoint.stream import Checkpoint
+from prunekit.heap import trim
 
 # A layer alone: a batch and what enters the layer, [B, S, D], give what leaves it, [B, S, D].
 Alone = Callable[[Batch, torch.Tensor], torch.Tensor]
@@ -90,6 +91,7 @@ class Offloaded:
         finally:
             for module, attribute, parameter in before:
                 module._parameters[attribute] = parameter
+            trim()
 
     @contextmanager
     def with_ends(self) -> Iterator[None]:
@@ -106,6 +108,7 @@ class Offloaded:
                 end.weight = none
             for module, attribute, parameter in before:
                 module._parameters[attribute] = parameter
+            trim()
 
     def layer_bytes(self) -> int:
         """What the largest layer takes in memory."""

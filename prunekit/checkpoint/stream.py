@@ -22,6 +22,7 @@ from prunekit.compact import check_repairs, gathered, prune
 from prunekit.compensate import check_method, check_statistics, repair
 from prunekit.criteria.registry import score_views
 from prunekit.errors import InputError
+from prunekit.heap import trim
 from prunekit.plan import PrunePlan
 from prunekit.progress import progress_bar
 from prunekit.stats import NeuronStats
@@ -101,8 +102,14 @@ class Checkpoint:
     ) -> list[torch.Tensor]:
         """As `criteria.score`, with the weights of one MLP at a time."""
         random = criterion == "random"  # which looks at no weight
-        read = self.views if random else (self.read(view) for view in self.views)
+        read = self.views if random else self._each()
         return score_views(stats, self.views, read, criterion, seed=seed)
+
+    def _each(self) -> Iterator[MLPView]:
+        """The views one after the other; what was made of each goes before the next is read."""
+        for view in self.views:
+            yield self.read(view)
+            trim()
 
 
 class _OnDisk:
@@ -237,6 +244,8 @@ class _Work:
             read, sums = self.checkpoint.read(view), self.stats.target[i]
             self._solved[i] = repair(read, sums, self.plan.kept[i], self.method)
             check_repairs([read], [self._solved[i]])
+            del read, sums
+            trim()
         # It is as large as the weights: kept no longer than until its bias has come by too.
         fix = self._solved[i] if view.down_bias is not None else self._solved.pop(i)
         if fix is None:

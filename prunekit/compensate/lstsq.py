@@ -32,7 +32,7 @@ def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
     down, bias = dense_down(view)
     gram = sums.second_moment(centred=bias is not None)
     removed = removed_mask(view.width, kept)
-    inner = gram[kept][:, kept]
+    inner = gram[kept[:, None], kept]
     # With few tokens for so many neurons C says little of how others will correlate.
     scarce = max(1.0, TOKENS_A_NEURON * inner.shape[0] / sums.tokens)
     ridge = RIDGE * scarce**3 * inner.diagonal().mean()
@@ -43,7 +43,7 @@ def lstsq(view: MLPView, sums: NeuronSums, kept: torch.Tensor) -> Repair | None:
     if failed:
         logger.warning("%s: its Gram matrix is not positive definite; left unrepaired", view.name)
         return None
-    cross = down[:, removed] @ gram[removed][:, kept]
+    cross = down[:, removed] @ gram[removed.nonzero(), kept]
     repaired = down[:, kept] + torch.cholesky_solve(cross.T, factor).T
     if bias is None:
         return Repair(repaired)

@@ -10,6 +10,7 @@ import logging
 
 import torch
 
+from prunekit import ops
 from prunekit.criteria.registry import Evidence, criterion
 from prunekit.errors import InputError
 
@@ -64,7 +65,8 @@ def _costs(evidence: Evidence, metric: torch.Tensor | None) -> torch.Tensor:
     if metric is not None:
         metric = metric.to(device, torch.float64) / target.tokens
         metric.diagonal().add_(RIDGE * metric.diagonal().mean())
-    order, costs = eliminate(down.to(device, torch.float64), _inverse(evidence, device), metric)
+    down = down.to(device, torch.float64, copy=True)
+    order, costs = eliminate(down, _inverse(evidence, device), metric)
     scores = torch.empty_like(costs)
     scores[order] = costs.cumsum(0) * (target.tokens if metric is None else target.tokens / 2)
     return scores
@@ -79,6 +81,7 @@ def _inverse(evidence: Evidence, device: torch.device) -> torch.Tensor:
         gram.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
+            del gram  # as large as what follows
             return torch.cholesky_inverse(factor)
         logger.warning("%s: its Gram matrix is not positive definite; widening the ridge", name)
         ridge = 10 * ridge
@@ -98,7 +101,8 @@ def eliminate(
     block. Where 2·block neurons or fewer are left this is the greedy order itself.
 
     Args:
-        down: [D, F], fp64, W. inverse: [F, F], fp64, C⁻¹; both are left as they are.
+        down: [D, F], fp64, W. inverse: [F, F], fp64, C⁻¹; the work is done in both, and leaves
+            nothing of them.
         metric: [D, D], fp64, M: an error ΔW costs trace(ΔW C ΔWᵀ M); None for the identity.
         block: neurons a round.
 
@@ -107,11 +111,14 @@ def eliminate(
         int64 and fp64, on the CPU.
 
     Cost:
-        About 2/3·F³ + D·F² FLOP, and 8·F² bytes more than its arguments.
+        About 2/3·F³ + D·F² FLOP, and 8·(2·block)·(D + F) bytes more than its arguments.
     """
     if metric is not None:
         values, vectors = torch.linalg.eigh(metric)
         down = values.clamp_min(0).sqrt()[:, None] * (vectors.T @ down)
+    inverse = (
+        inverse if inverse.is_contiguous() else inverse.T
+    )  # symmetric; LAPACK's lie by columns
     alive = torch.arange(inverse.shape[0], device=inverse.device)
     order, costs = [], []
     while True:
@@ -133,8 +140,10 @@ def eliminate(
         cross = inverse[removed[:, None], kept]
         factor = torch.linalg.cholesky(inverse[removed[:, None], removed])
         repair = torch.cholesky_solve(cross, factor)
-        down = down[:, kept].addmm_(down[:, removed], repair, alpha=-1)
-        inverse = inverse[kept[:, None], kept].addmm_(cross.T, repair, alpha=-1)
+        lost = down[:, removed]
+        down = ops.compact_cols_(down, kept).addmm_(lost, repair, alpha=-1)
+        inverse = ops.compact_cols_(ops.compact_rows_(inverse, kept), kept)
+        inverse.addmm_(cross.T, repair, alpha=-1)
         alive = alive[kept]
 
 
