@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 
 def trim() -> None:
     """Give freed memory back to the system, where the C library can (glibc's malloc_trim).
 
-    Tensors of many sizes, taken and freed by turns, leave it in pieces: over a calibration layer by
-    layer a fifth of the process.
+    Tensors of many sizes, taken and freed by turns, leave it in pieces.
 
     Cost:
         Milliseconds, and the pages anew when they are next needed.
     """
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if release is not None:
+    if sys.platform == "linux" and (release := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         release(0)

@@ -92,6 +92,13 @@ def test_batches_keep_to_the_budget_and_lose_nothing():
             assert b.ids.flatten()[start:end].tolist() == row[:n].tolist()
 
 
+def test_lengths_are_rounded_up_within_the_budget():
+    prompts = [Tokens(tuple(range(1, n + 1))) for n in (3, 9, 1, 4, 4, 30, 2)]
+    found = list(batches(prompts, 32, multiple=8))
+    assert all(b.ids.shape[1] % 8 == 0 and b.ids.numel() <= 32 for b in found)
+    assert sorted(n for b in found for n in b.lengths) == sorted(len(p.ids) for p in prompts)
+
+
 def test_encoding_finds_the_first_token_of_the_completion():
     corpus = Corpus("c", (Example("w1 w2 w3 w4", 6), Example("w5 w6")))
     assert encode(corpus, WordTokenizer(), 3) == [Tokens((4, 5, 6), 2), Tokens((8, 9), 0)]

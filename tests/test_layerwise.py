@@ -1,6 +1,10 @@
 """A calibration with one layer in memory gives what one with all of them gives, bit by bit."""
 
 import json
+import os
+import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -144,3 +148,42 @@ def test_a_neuron_that_gives_nan_is_named(tokenizer, tmp_path):
     options = {"folder": tmp_path / "spill", "quiet": True}
     with pytest.raises(InputError, match=r"layers\.1\.mlp: the up weights of neuron 5"):
         calibrate_layerwise(offloaded(tmp_path / "model"), few(tokenizer), **options)
+
+
+def test_embeddings_and_head_are_in_memory_only_inside_with_ends(tmp_path):
+    for name, tied in (("llama", True), ("llama", False)):
+        tiny_model(name, tie_word_embeddings=tied).save_pretrained(tmp_path / str(tied))
+        model = offloaded(tmp_path / str(tied))
+        first, last = model.ends
+        assert (first.weight is last.weight) == tied
+        size = first.weight.nbytes
+        with model.with_ends():
+            assert not first.weight.is_meta
+            assert not last.weight.is_meta
+            assert (first.weight is last.weight) == tied
+            assert model.ends_bytes() == (1 if tied else 2) * size
+        assert first.weight.is_meta
+        assert last.weight.is_meta
+        assert (first.weight is last.weight) == tied
+
+
+@pytest.mark.slow
+def test_the_demo_model_is_pruned_from_disk_in_700_mb(demo_model, tmp_path):
+    model, tokenizer = demo_model
+    pk.save(model, tokenizer, tmp_path / "model")
+    draw = random.Random(0)
+    lines = []
+    for _ in range(192):
+        count = min(max(int(draw.lognormvariate(4.7, 0.4)), 40), 320)  # tokens, as MBPP's rows have
+        text = tokenizer.decode([draw.randrange(1000, 40000) for _ in range(count)])
+        lines.append(
+            json.dumps({"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]})
+        )
+    corpus = tmp_path / "task.jsonl"
+    corpus.write_text("\n".join(lines))
+    options = ["--target", str(corpus), "--sparsity", "0.35", "--offload", "disk", "--quiet"]
+    command = [sys.executable, "-m", "prunekit", "prune", str(tmp_path / "model"), *options]
+    child = subprocess.Popen([*command, "-o", str(tmp_path / "out")], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0
+    assert usage.ru_maxrss * 1024 <= 700e6

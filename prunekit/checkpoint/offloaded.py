@@ -1,4 +1,4 @@
-"""A model whose weights stay on disk: each layer, and its ends, are in memory only while they run."""
+"""A model whose weights stay on disk: each layer, and the ends, are in memory while they run."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def reconstruction(evidence: Evidence) -> torch.Tensor:
     irreplaceable, and of two equal ones the second goes late.
 
     Cost:
-        About 5/3·F³ + D·F² FLOP in fp64 an MLP, and 24·F² bytes: 1.3e12 FLOP and 1.9 GB at
+        About 5/3·F³ + D·F² FLOP in fp64 an MLP, and 16·F² bytes: 1.3e12 FLOP and 1.3 GB at
         D = 1536, F = 8960. Computed where the weights lie.
 
     Source:

@@ -248,8 +248,8 @@ def _whole(shape: Shape, work: Work) -> float:
 
 
 def _one_layer(shape: Shape, work: Work) -> float:
-    """Bytes of the weights in no layer, of one layer's, and of an MLP's matrices as they close."""
-    weights = shape.total - shape.decoder * (1 - 1 / shape.layers)
+    """Bytes of a layer's weights or of those in none, and of an MLP's matrices as they close."""
+    weights = max(shape.total - shape.decoder, shape.decoder / shape.layers)
     largest = max(width for width, _ in shape.mlps) if work.gram else 0
     return weights * shape.itemsize + 12 * largest**2
 
@@ -291,7 +291,7 @@ def _score(shape: Shape, rates: Rates, base: float) -> Phase:
     flops = sum(5 / 3 * f**3 + d * f**2 + 10 * d**3 for f, _ in shape.mlps)
     steps = sum(f for f, _ in shape.mlps) * _STEP
     largest = max(f for f, _ in shape.mlps)
-    held = 24 * largest**2 + 16 * d * largest
+    held = 16 * largest**2 + 16 * d * largest
     return Phase("score", flops, flops / rates.fp64 + steps, base + _SLACK * held)
 
 
