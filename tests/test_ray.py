@@ -119,18 +119,21 @@ def test_the_main_process_killed_takes_its_workers_along_and_can_be_resumed(
 ):
     """Ten sweeps, each killed at some moment; what was done is kept, the rest done by resuming."""
     want, draw = table(given, tmp_path), random.Random(4)
-    killed = 0
+    killed, agents = 0, []
     for trial in range(10):
         out = tmp_path / f"run{trial}"
         process = under_way(job, out, draw.uniform(0, 0.8 * span))
         if process.poll() is None:
-            everyone = psutil.Process(process.pid).children(recursive=True)
+            workers = workers_of(process)
+            agents += psutil.Process(process.pid).children(recursive=True)
             process.kill()
             killed += 1
-            assert psutil.wait_procs(everyone, timeout=60)[1] == []
+            assert psutil.wait_procs(workers, timeout=60)[1] == []
         process.wait()
         done = read_rows(out / NAME)
         rows = sweep(protocol_of(given), out, resume=True, quiet=True)
         assert bare(rows) == want
         assert read_rows(out / NAME)[: len(done)] == done
     assert killed >= 7
+    # Ray's agents look for their cluster for its gcs_rpc_server_reconnect_timeout_s, a minute.
+    assert psutil.wait_procs(agents, timeout=150)[1] == []

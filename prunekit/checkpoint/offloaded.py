@@ -18,6 +18,15 @@ from prunekit.heap import trim
 # A layer alone: a batch and what enters the layer, [B, S, D], give what leaves it, [B, S, D].
 Alone = Callable[[Batch, torch.Tensor], torch.Tensor]
 
+_Place = tuple[nn.Module, str, nn.Parameter]  # a module's attribute, and what was there
+
+
+def _put_back(places: list[_Place]) -> None:
+    """Undo `Offloaded._fill`, and let the memory go."""
+    for module, attribute, parameter in places:
+        module._parameters[attribute] = parameter
+    trim()
+
 
 class Offloaded:
     """A model of which norms and the like are in memory, and the rest where it is asked for.
@@ -68,7 +77,7 @@ class Offloaded:
     def _name(self, module: nn.Module, attribute: str) -> str:
         return f"{self._names[id(module)]}.{attribute}"
 
-    def _fill(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    def _fill(self, modules: Iterable[nn.Module]) -> list[_Place]:
         """Read the parameters that are on disk; returns what was in their places."""
         before = []
         for module in modules:
@@ -89,9 +98,7 @@ class Offloaded:
         try:
             yield
         finally:
-            for module, attribute, parameter in before:
-                module._parameters[attribute] = parameter
-            trim()
+            _put_back(before)
 
     @contextmanager
     def with_ends(self) -> Iterator[None]:
@@ -106,9 +113,7 @@ class Offloaded:
         finally:
             for end in tied:
                 end.weight = none
-            for module, attribute, parameter in before:
-                module._parameters[attribute] = parameter
-            trim()
+            _put_back(before)
 
     def layer_bytes(self) -> int:
         """What the largest layer takes in memory."""
