@@ -181,7 +181,7 @@ def test_a_layer_at_a_time_takes_disk_for_memory(size, tmp_path, capsys, fixed_r
     matrices = 4 * layers * (width**2 + hidden**2)
     assert (whole["spilled_bytes"], layer["spilled_bytes"]) == (0, states + matrices)
     assert layer["peak_bytes"] < 0.4 * whole["peak_bytes"]
-    assert layer["peak_bytes"] > 16 * width**2
+    assert layer["peak_bytes"] > 24 * width**2
     assert main(["prune", str(tmp_path), *options, "--dry-run"]) == 0
     assert "GB more meanwhile" in capsys.readouterr().out
 

@@ -121,6 +121,19 @@ def test_elimination_is_the_greedy_order_solved_from_scratch(block, fisher):
         assert order == exact
 
 
+@pytest.mark.parametrize("criterion_name", ["reconstruction", "reconstruction_fisher"])
+def test_elimination_leaves_weights_and_statistics_as_they_were(criterion_name, tokenizer, texts):
+    """It works in the matrices that it is given; those of an fp64 model would be the weights."""
+    model = tiny_model("llama", intermediate_size=320).double()  # two rounds
+    stats = pk.calibrate(model, tokenizer, texts, gram=True, gradients=True, quiet=True)
+    views = find_mlps(model)
+    kept = [(v.down.clone(), s.gram.clone()) for v, s in zip(views, stats.target, strict=True)]
+    pk.score(stats, model, criterion_name)
+    for (down, gram), view, sums in zip(kept, views, stats.target, strict=True):
+        assert torch.equal(view.down, down)
+        assert torch.equal(sums.gram, gram)
+
+
 def test_of_two_equal_neurons_one_stays_even_within_a_block():
     """Each of a pair costs nothing while the other is there; both at once cost much."""
     h = torch.randn(100, 16, dtype=torch.float64).repeat(1, 2)

@@ -244,7 +244,7 @@ class _Work:
             read, sums = self.checkpoint.read(view), self.stats.target[i]
             self._solved[i] = repair(read, sums, self.plan.kept[i], self.method)
             check_repairs([read], [self._solved[i]])
-            del read, sums
+            del read
             trim()
         # It is as large as the weights: kept no longer than until its bias has come by too.
         fix = self._solved[i] if view.down_bias is not None else self._solved.pop(i)

@@ -116,9 +116,8 @@ def eliminate(
     if metric is not None:
         values, vectors = torch.linalg.eigh(metric)
         down = values.clamp_min(0).sqrt()[:, None] * (vectors.T @ down)
-    inverse = (
-        inverse if inverse.is_contiguous() else inverse.T
-    )  # symmetric; LAPACK's lie by columns
+    if not inverse.is_contiguous():  # it is symmetric, and LAPACK's lies by columns
+        inverse = inverse.T
     alive = torch.arange(inverse.shape[0], device=inverse.device)
     order, costs = [], []
     while True:
